@@ -1,0 +1,180 @@
+"""The manifest of an entry: which files it has, their sizes, digests and chunk digests, and how each was proven. It reads and writes no file.
+
+A manifest is immutable JSON, written last: an entry is ready iff its manifest and all its blobs are there (docs/design.md).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from nvcache.core.digest import Digest
+from nvcache.core.names import check_names
+from nvcache.core.ref import EntryId, Ref, parse_ref
+from nvcache.errors import Code, IntegrityError
+
+FORMAT = 1
+CHUNK = 16 * 2**20  # bytes a chunk digest covers, and one range request asks for
+DIGEST_BYTES = 8  # XXH3-64, little endian
+
+
+class Check(StrEnum):
+    """What a file's bytes were compared with before they were served."""
+
+    LFS_SHA256 = "lfs-sha256"
+    GIT_SHA1 = "git-sha1"
+    CONTENT_MD5 = "content-md5"
+    MANIFEST_SHA256 = "manifest-sha256"
+    FIRST_USE = "first-use"  # the source publishes nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The include/exclude patterns of a request; both empty is the default file set (`core.selection`)."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One verified file: path inside the repository, size in bytes, SHA-256 in hex, and one XXH3-64 per `CHUNK` bytes, packed."""
+
+    path: str
+    size: int
+    sha256: str
+    check: Check
+    source: Digest | None = None  # what the source published, where it did
+    chunks: bytes = b""
+
+    def chunk_digest(self, index: int) -> int:
+        """The XXH3-64 of chunk `index`."""
+        return int.from_bytes(self.chunks[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES], "little")
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A file of the repository that the selection does not take."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the store knows of one ready entry. `asked` and `ref` are canonical references, `endpoint` has no credentials."""
+
+    ref: Ref  # with the resolved revision
+    asked: str
+    endpoint: str
+    files: tuple[File, ...]
+    verified_at: str  # RFC 3339, UTC
+    version: str
+    selection: Selection = field(default_factory=Selection)
+    left_out: tuple[LeftOut, ...] = ()
+    warnings: tuple[str, ...] = ()
+    parsed: bool = True
+    chunk_size: int = CHUNK
+
+    @cached_property
+    def id(self) -> EntryId:
+        """The entry this manifest makes ready."""
+        return EntryId(self.ref.slug, self.ref.revision or "")
+
+    @cached_property
+    def by_path(self) -> dict[str, File]:
+        """Files by their path."""
+        return {file.path: file for file in self.files}
+
+    @cached_property
+    def blobs(self) -> dict[str, int]:
+        """SHA-256 → size of every distinct blob."""
+        return {file.sha256: file.size for file in self.files}
+
+    @property
+    def size(self) -> int:
+        """The sum of the files' sizes in bytes; equal files count each time, as a pod sees them."""
+        return sum(file.size for file in self.files)
+
+    def to_json(self) -> bytes:
+        """The manifest as it stands on disk."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "ref": str(self.ref),
+                "asked": self.asked,
+                "endpoint": self.endpoint,
+                "selection": {"include": self.selection.include, "exclude": self.selection.exclude},
+                "parsed": self.parsed,
+                "chunk_size": self.chunk_size,
+                "total_size": self.size,
+                "verified_at": self.verified_at,
+                "nvcache": self.version,
+                "warnings": self.warnings,
+                "left_out": [[f.path, f.size] for f in self.left_out],
+                "files": [
+                    {
+                        "path": f.path,
+                        "size": f.size,
+                        "sha256": f.sha256,
+                        "check": f.check,
+                        "source": str(f.source) if f.source else None,
+                        "chunks": base64.b64encode(f.chunks).decode(),
+                    }
+                    for f in self.files
+                ],
+            },
+            indent=1,
+        ).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Read a manifest back. Raises `IntegrityError` (degraded) when it is torn, of another format or holds an unsafe name."""
+        try:
+            raw: dict[str, Any] = json.loads(data)
+            if raw["format"] != FORMAT:
+                raise _torn(f"its format is {raw['format']!r}, this version knows {FORMAT}")
+            files = tuple(
+                File(
+                    path=f["path"],
+                    size=f["size"],
+                    sha256=f["sha256"],
+                    check=Check(f["check"]),
+                    source=Digest.parse(f["source"]) if f["source"] else None,
+                    chunks=base64.b64decode(f["chunks"], validate=True),
+                )
+                for f in raw["files"]
+            )
+            manifest = cls(
+                ref=parse_ref(raw["ref"]),
+                asked=raw["asked"],
+                endpoint=raw["endpoint"],
+                selection=Selection(tuple(raw["selection"]["include"]), tuple(raw["selection"]["exclude"])),
+                parsed=raw["parsed"],
+                chunk_size=raw["chunk_size"],
+                verified_at=raw["verified_at"],
+                version=raw["nvcache"],
+                warnings=tuple(raw["warnings"]),
+                left_out=tuple(LeftOut(path, size) for path, size in raw["left_out"]),
+                files=files,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _torn(str(error)) from error
+        check_names(file.path for file in files)
+        for file in files:
+            if len(file.chunks) != chunk_count(file.size, manifest.chunk_size) * DIGEST_BYTES:
+                raise _torn(f"{file.path} has not one chunk digest per chunk")
+        return manifest
+
+
+def chunk_count(size: int, chunk: int = CHUNK) -> int:
+    """How many chunks a file of `size` bytes has; an empty file has none."""
+    return -(-size // chunk)
+
+
+def _torn(why: str) -> IntegrityError:
+    return IntegrityError(Code.DEGRADED, f"cannot read manifest: {why}")
