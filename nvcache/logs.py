@@ -1,4 +1,4 @@
-"""Logging: JSON lines, or console lines on a terminal, with the context model, job and disk. It rotates nothing and ships nothing; stderr is the sink.
+"""Logging to stderr: JSON lines, or console lines on a terminal, with the context model, job and disk. It rotates nothing and ships nothing.
 
 Whatever looks like a credential is masked here as a last line of defence; callers must not log secrets in the first place.
 """
@@ -15,9 +15,15 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 _context: ContextVar[dict[str, str] | None] = ContextVar("nvcache_log_context", default=None)
+_USERINFO = re.compile(r"""://[^/\s?#"'\\]*@""")
 _SECRETS = re.compile(
-    r"(?P<keep>(?:[?&](?:sig|se|sp|sv|sr|skoid|sktid|Signature|Policy|Key-Pair-Id|X-Amz-[A-Za-z-]+|token)=)|(?:Bearer\s+)|(?:://[^/\s:@]*:))"
-    r"[^&\s\"'@]+|hf_[A-Za-z0-9]{8,}"
+    r"""(?ix)
+      (?P<query> https?://[^\s?\#"'<>\\]*\?)[^\s"'<>\\]+          # all of a URL's query: signatures have many names
+    | (?P<signed> [?&](?:sig|signature|policy|key-pair-id|x-(?:amz|goog)-[a-z-]+|(?:access_)?token)=)[^&\s"'\\]+
+    | (?P<header> authorization["']?\s*[:=,]\s*["']?(?:(?:bearer|basic|token)\s+)?)[^\s"',\\]+
+    | (?P<bearer> \bbearer\s+)[^\s"',\\]+
+    | \b(?:hf|api_org)_[a-z0-9]{20,}                             # the Hub's tokens
+    """
 )
 
 
@@ -32,8 +38,30 @@ def context(**fields: str) -> Iterator[None]:
 
 
 def mask(text: str) -> str:
-    """`text` without signed-URL parameters, bearer tokens, Hub tokens and passwords in URLs."""
-    return _SECRETS.sub(lambda found: f"{found.group('keep') or ''}***", text)
+    """`text` without users and passwords in URLs, signed-URL parameters, authorization headers and Hub tokens."""
+    return _SECRETS.sub(lambda found: f"{found[found.lastgroup] if found.lastgroup else ''}***", _USERINFO.sub("://***@", text))
+
+
+def _masked(value: object) -> object:
+    """`value` with every string inside masked."""
+    match value:
+        case str():
+            return mask(value)
+        case dict():
+            return {mask(str(name)): _masked(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_masked(item) for item in value]
+        case None | bool() | int() | float():
+            return value
+        case _:
+            return mask(str(value))
+
+
+def _extras(record: logging.LogRecord) -> dict[str, object]:
+    """The context and the record's own facts, masked; facts win."""
+    facts = getattr(record, "facts", None)
+    found = {**(_context.get() or {}), **(facts if isinstance(facts, dict) else {})}
+    return {str(name): _masked(value) for name, value in found.items()}
 
 
 class JsonFormatter(logging.Formatter):
@@ -46,14 +74,12 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": mask(record.getMessage()),
-            **(_context.get() or {}),
         }
-        facts = getattr(record, "facts", None)
-        if isinstance(facts, dict):
-            line.update({str(name): mask(value) if isinstance(value, str) else value for name, value in facts.items()})
         if record.exc_info:
             line["trace"] = mask(self.formatException(record.exc_info))
-        return json.dumps(line, default=str)
+        for name, value in _extras(record).items():
+            line.setdefault(name, value)  # a fact named `time` or `message` must not hide the record's own
+        return json.dumps(line)
 
 
 class ConsoleFormatter(logging.Formatter):
@@ -62,12 +88,8 @@ class ConsoleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line, with the trace below if it has one."""
         moment = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
-        extra = dict(_context.get() or {})
-        facts = getattr(record, "facts", None)
-        if isinstance(facts, dict):
-            extra |= {str(name): str(value) for name, value in facts.items()}
-        tail = "".join(f" {name}={value}" for name, value in extra.items())
-        line = f"{moment} {record.levelname.lower():7} {mask(record.getMessage() + tail)}"
+        tail = "".join(f" {name}={value}" for name, value in _extras(record).items())
+        line = f"{moment} {record.levelname.lower():7} {mask(record.getMessage())}{tail}"
         return line + ("\n" + mask(self.formatException(record.exc_info)) if record.exc_info else "")
 
 

@@ -1,4 +1,5 @@
-"""The settings: one frozen object from defaults, a TOML file, the environment and flags, in that order of precedence. The only reader of os.environ.
+"""The settings: one frozen object from defaults, a TOML file, the environment and flags, in that order of precedence. Where a client finds
+the daemon is `environment`'s matter.
 
 Every scalar setting `name` is `NVCACHE_NAME` in the environment; lists are separated by commas there. The ecosystem's own variables (`HF_ENDPOINT`,
 `HF_TOKEN`, `HF_TOKEN_PATH`, `HTTPS_PROXY`, `NO_PROXY`, `SSL_CERT_FILE`) are honoured and rank below nvcache's.
@@ -8,20 +9,24 @@ Secrets are never kept here: tokens are named by file and read when needed.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from nvcache.core.manifest import CHUNK
-from nvcache.core.ref import parse_ref
+from nvcache.core.ref import parse_alias, parse_ref
+from nvcache.environment import SYSTEM_DIRECTORY, current, default_socket
 from nvcache.errors import Code, ConfigError, RequestError
 
-SYSTEM_DIRECTORY = Path("/run/nvcache")
-SIZE_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(I?)B?")
+_EXPONENT = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class ModelSetting(BaseModel):
@@ -29,12 +34,12 @@ class ModelSetting(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ref: str
-    revision: str | None = None
-    pin: bool = False
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    alias: str | None = None
+    ref: str = Field(description="the model, as `nvcache warm` takes it")
+    revision: str | None = Field(None, description="branch, tag or commit; the source's default otherwise")
+    pin: bool = Field(False, description="never remove it to make room")
+    include: tuple[str, ...] = Field((), description="patterns of files to take instead of the default set")
+    exclude: tuple[str, ...] = Field((), description="patterns of files to leave out")
+    alias: str | None = Field(None, description="name in the HuggingFace view, for models that do not come from the Hub")
 
 
 class Settings(BaseModel):
@@ -51,8 +56,10 @@ class Settings(BaseModel):
     listen_token_file: Path | None = Field(None, description="file with the bearer token for `listen`, read at each request")
     listen_scope: Literal["read", "pod", "admin"] = Field("read", description="what a bearer of the token may do")
     allow: tuple[str, ...] = Field(("hf://*",), description="references (shell patterns) that callers of the pods' socket may make ready")
-    max_bytes: int | None = Field(None, description="most bytes the store may hold; default: half of what is free, its own files counted as free")
-    min_free: int = Field(0, description="bytes to leave free on the store's file system")
+    max_bytes: int | None = Field(
+        None, gt=0, description="most bytes the store may hold; default: half of what is free, its own files counted as free"
+    )
+    min_free: int = Field(0, ge=0, description="bytes to leave free on the store's file system")
     workers: int = Field(0, ge=0, le=64, description="processes that fetch, hash and write; 0: one a core, at most 16")
     lanes: int = Field(4, ge=1, le=32, description="range requests in flight for each worker (each holds one chunk of 16 MiB)")
     stall_timeout: float = Field(20.0, gt=0, description="seconds without a byte after which a request is given up and tried anew")
@@ -61,12 +68,12 @@ class Settings(BaseModel):
     resolve_ttl: float = Field(60.0, ge=0, description="seconds a moving revision such as main stays resolved")
     lease_ttl: float = Field(600.0, gt=0, le=86400, description="default life of a lease in seconds")
     direct_io: bool = Field(True, description="write around the page cache where the file system can")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="the least that is logged")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="JSON lines, or console on a terminal")
     hf_endpoint: str = Field("https://huggingface.co", description="the Hub or a mirror of it (HF_ENDPOINT)")
     hf_token_path: Path | None = Field(None, description="file with the Hub token (HF_TOKEN_PATH), read when needed")
     ca_file: Path | None = Field(None, description="certificates to trust instead of the system's (SSL_CERT_FILE)")
-    models: tuple[ModelSetting, ...] = ()
+    models: tuple[ModelSetting, ...] = Field((), description="models this node keeps ready, one `[[models]]` table each; only in the file")
 
     @field_validator("max_bytes", "min_free", mode="before")
     @classmethod
@@ -76,7 +83,26 @@ class Settings(BaseModel):
     @field_validator("store", "socket", "admin_socket", "listen_token_file", "hf_token_path", "ca_file", mode="after")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else Path(os.path.abspath(value.expanduser()))  # noqa: PTH100 - Path.resolve would follow links
+        try:
+            return None if value is None else Path(os.path.abspath(value.expanduser()))  # noqa: PTH100 - Path.resolve would follow links
+        except RuntimeError as error:  # ~somebody without a home
+            raise ValueError(str(error)) from error
+
+    @field_validator("hf_endpoint", mode="after")
+    @classmethod
+    def _endpoint(cls, value: str) -> str:
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname or url.query or url.fragment:
+            raise ValueError("it is not an http(s) URL")
+        if "@" in url.netloc:
+            raise ValueError("a URL with a password would be shown; name the token's file in hf_token_path")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _token_for_tcp(self) -> Settings:
+        if self.listen and not self.listen_token_file:
+            raise ValueError("to listen on TCP needs listen_token_file")
+        return self
 
     @field_validator("models", mode="after")
     @classmethod
@@ -84,6 +110,8 @@ class Settings(BaseModel):
         for model in value:
             try:
                 parse_ref(model.ref if model.revision is None else f"{model.ref}@{model.revision}")
+                if model.alias is not None:
+                    parse_alias(model.alias)
             except RequestError as error:
                 raise ValueError(str(error)) from error
         return value
@@ -110,67 +138,52 @@ def load(
 
     `config` falls back to `NVCACHE_CONFIG`. Raises `ConfigError` (bad-config) naming the setting, its source and what is wrong.
     """
-    env = os.environ if environ is None else environ
+    env = current() if environ is None else environ
     path = config or (Path(env["NVCACHE_CONFIG"]) if env.get("NVCACHE_CONFIG") else None)
-    merged: dict[str, Any] = _defaults(env, os.geteuid() if uid is None else uid)
-    merged |= _file(path)
-    merged |= _environment(env)
-    merged |= {name: value for name, value in (flags or {}).items() if value is not None}
-    system = SYSTEM_DIRECTORY / "nvcache.sock"
-    if Path(merged["socket"]) == system:
-        merged.setdefault("admin_socket", SYSTEM_DIRECTORY / "admin.sock")
+    merged: dict[str, Any] = {}
+    origin: dict[object, str] = {}
+    for where, found in (
+        ("the defaults", _defaults(env, os.geteuid() if uid is None else uid)),
+        ("the environment", _ecosystem(env)),
+        (f"config file {path}", _file(path)),
+        ("the environment", _environment(env)),
+        ("the command line", {name: value for name, value in (flags or {}).items() if value is not None}),
+    ):
+        merged |= found
+        origin |= dict.fromkeys(found, where)
     try:
         settings = Settings(**merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the settings"
-        raise ConfigError(Code.BAD_CONFIG, f"cannot use setting {where}: {first['msg']}") from error
-    if settings.listen and not settings.listen_token_file:
-        raise ConfigError(Code.BAD_CONFIG, "cannot use setting listen: listening on TCP needs listen_token_file")
-    if urlsplit(settings.hf_endpoint).scheme not in ("http", "https"):
-        raise ConfigError(Code.BAD_CONFIG, f"cannot use setting hf_endpoint: {settings.hf_endpoint!r} is not an http(s) URL")
+        raise _unusable(error.errors()[0], origin) from error
+    if settings.socket == SYSTEM_DIRECTORY / "nvcache.sock" and "admin_socket" not in merged:
+        settings = settings.model_copy(update={"admin_socket": SYSTEM_DIRECTORY / "admin.sock"})
     return settings
 
 
-def client_url(environ: Mapping[str, str] | None = None, uid: int | None = None) -> str:
-    """Where commands look for the daemon: `NVCACHE_URL`, else the socket in `NVCACHE_SOCKET`, else the default socket (admin first) as unix:// URL."""
-    env = os.environ if environ is None else environ
-    if env.get("NVCACHE_URL"):
-        return env["NVCACHE_URL"]
-    if env.get("NVCACHE_SOCKET"):
-        return f"unix://{os.path.abspath(env['NVCACHE_SOCKET'])}"  # noqa: PTH100
-    socket = _default_socket(env, os.geteuid() if uid is None else uid)
-    admin = socket.with_name("admin.sock")
-    if os.access(admin, os.W_OK):
-        return f"unix://{admin}"
-    system = SYSTEM_DIRECTORY / "nvcache.sock"
-    return f"unix://{system if not socket.exists() and os.access(system, os.W_OK) else socket}"
+def _unusable(fault: ErrorDetails, origin: Mapping[object, str]) -> ConfigError:
+    """One fault that pydantic found, as our error; the value is not repeated, it may be a secret in the wrong place."""
+    name = ".".join(str(part) for part in fault["loc"]) or "listen"  # only the settings as a whole have no name: `_token_for_tcp`
+    where = origin.get(name.partition(".")[0], "the defaults")
+    why = "there is no such setting" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+    return ConfigError(Code.BAD_CONFIG, f"cannot use setting {name} from {where}: {why[:1].lower()}{why[1:]}", facts={"setting": name})
 
 
 def parse_size(text: str) -> int:
-    """`140GB`, `1.5 TiB`, `1024` → bytes. Raises ValueError."""
-    cleaned = text.strip().replace(" ", "").upper()
-    digits = cleaned.rstrip("KMGTIB")
-    unit = cleaned[len(digits) :].removesuffix("B") if len(cleaned) > len(digits) else ""
-    if unit not in SIZE_UNITS or not digits:
-        raise ValueError(f"{text!r} is not a size such as 140GB or 2TiB")
-    return int(float(digits) * SIZE_UNITS[unit])
-
-
-def _default_socket(env: Mapping[str, str], uid: int) -> Path:
-    if uid == 0:
-        return SYSTEM_DIRECTORY / "nvcache.sock"
-    runtime = env.get("XDG_RUNTIME_DIR")
-    return Path(runtime or f"/tmp/nvcache-{uid}") / "nvcache" / "nvcache.sock"  # noqa: S108 - made 0700 and owner-checked by api.serve
+    """`140GB`, `1.5 TiB`, `1024` → bytes, rounded down. Raises ValueError."""
+    match = _SIZE.fullmatch(text.replace(" ", "").upper())
+    if not match or (match[3] and not match[2]):
+        raise ValueError(f"{text[:80]!r} is not a size such as 140GB or 2TiB")
+    return int(Fraction(match[1]) * (1024 if match[3] else 1000) ** _EXPONENT[match[2]])
 
 
 def _defaults(env: Mapping[str, str], uid: int) -> dict[str, Any]:
     cache = Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or "/root") / ".cache")
-    found: dict[str, Any] = {"store": cache / "nvcache" / "store", "socket": _default_socket(env, uid)}
-    for name, variable in {"hf_endpoint": "HF_ENDPOINT", "hf_token_path": "HF_TOKEN_PATH", "ca_file": "SSL_CERT_FILE"}.items():
-        if env.get(variable):
-            found[name] = env[variable]
-    return found
+    return {"store": cache / "nvcache" / "store", "socket": default_socket(env, uid)}
+
+
+def _ecosystem(env: Mapping[str, str]) -> dict[str, Any]:
+    named = {"hf_endpoint": "HF_ENDPOINT", "hf_token_path": "HF_TOKEN_PATH", "ca_file": "SSL_CERT_FILE"}
+    return {name: env[variable] for name, variable in named.items() if env.get(variable)}
 
 
 def _file(path: Path | None) -> dict[str, Any]:
@@ -195,7 +208,7 @@ def _environment(env: Mapping[str, str]) -> dict[str, Any]:
 
 def hub_token(settings: Settings, environ: Mapping[str, str] | None = None) -> str | None:
     """The Hub token as it is now: `HF_TOKEN`, else the token file; read at each call so that a rotated secret is seen. Never log it."""
-    env = os.environ if environ is None else environ
+    env = current() if environ is None else environ
     if env.get("HF_TOKEN"):
         return env["HF_TOKEN"].strip() or None
     home = Path(env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or "/root") / ".cache") / "huggingface")
@@ -206,8 +219,8 @@ def hub_token(settings: Settings, environ: Mapping[str, str] | None = None) -> s
 
 
 def proxies(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Proxy settings by scheme (`http`, `https`, `all`, `no`), lower-case variables first as curl does; values may hold credentials, never log them."""
-    env = os.environ if environ is None else environ
+    """Proxy settings by scheme (`http`, `https`, `all`, `no`), lower-case first as curl does; values may hold credentials, never log them."""
+    env = current() if environ is None else environ
     found: dict[str, str] = {}
     for scheme in ("http", "https", "all", "no"):
         value = env.get(f"{scheme}_proxy") or env.get(f"{scheme.upper()}_PROXY")
@@ -218,6 +231,6 @@ def proxies(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a worker process is given: no secret, no proxy; those reach it by its control pipe."""
-    env = os.environ if environ is None else environ
+    env = current() if environ is None else environ
     keep = ("PATH", "LANG", "LC_ALL", "HOME", "PYTHONPATH", "VIRTUAL_ENV", "TMPDIR")
     return {name: env[name] for name in keep if name in env}

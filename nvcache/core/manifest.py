@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -14,8 +15,8 @@ from typing import Any
 
 from nvcache.core.digest import Digest
 from nvcache.core.names import check_names
-from nvcache.core.ref import EntryId, Ref, parse_ref
-from nvcache.errors import Code, IntegrityError
+from nvcache.core.records import count, flag, reading, record, sha256, text, texts
+from nvcache.core.ref import EntryId, Ref, parse_pinned
 
 FORMAT = 1
 CHUNK = 16 * 2**20  # bytes a chunk digest covers, and one range request asks for
@@ -39,6 +40,15 @@ class Selection:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, tuple[str, ...]]:
+        """As it stands in manifests and plans."""
+        return {"include": self.include, "exclude": self.exclude}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, object]) -> Selection:
+        """The inverse of `to_dict`. Raises TypeError, KeyError."""
+        return cls(texts(raw["include"]), texts(raw["exclude"]))
+
 
 @dataclass(frozen=True, slots=True)
 class File:
@@ -50,6 +60,21 @@ class File:
     check: Check
     source: Digest | None = None  # what the source published, where it did
     chunks: bytes = b""
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], chunk_size: int) -> File:
+        """One file of a manifest whose chunks have `chunk_size` bytes. Raises TypeError, ValueError, KeyError."""
+        file = cls(
+            path=text(raw["path"]),
+            size=count(raw["size"]),
+            sha256=sha256(raw["sha256"]),
+            check=Check(raw["check"]),
+            source=None if raw["source"] is None else Digest.parse(text(raw["source"])),
+            chunks=base64.b64decode(text(raw["chunks"]), validate=True),
+        )
+        if len(file.chunks) != chunk_count(file.size, chunk_size) * DIGEST_BYTES:
+            raise ValueError(f"{file.path!r} has not one digest for each chunk")
+        return file
 
     def chunk_digest(self, index: int) -> int:
         """The XXH3-64 of chunk `index`."""
@@ -108,7 +133,7 @@ class Manifest:
                 "ref": str(self.ref),
                 "asked": self.asked,
                 "endpoint": self.endpoint,
-                "selection": {"include": self.selection.include, "exclude": self.selection.exclude},
+                "selection": self.selection.to_dict(),
                 "parsed": self.parsed,
                 "chunk_size": self.chunk_size,
                 "total_size": self.size,
@@ -133,48 +158,29 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        """Read a manifest back. Raises `IntegrityError` (degraded) when it is torn, of another format or holds an unsafe name."""
-        try:
-            raw: dict[str, Any] = json.loads(data)
-            if raw["format"] != FORMAT:
-                raise _torn(f"its format is {raw['format']!r}, this version knows {FORMAT}")
-            files = tuple(
-                File(
-                    path=f["path"],
-                    size=f["size"],
-                    sha256=f["sha256"],
-                    check=Check(f["check"]),
-                    source=Digest.parse(f["source"]) if f["source"] else None,
-                    chunks=base64.b64decode(f["chunks"], validate=True),
-                )
-                for f in raw["files"]
-            )
+        """Read a manifest back. Raises `IntegrityError` (degraded) when it is torn, of another format or holds an unsafe name or digest."""
+        with reading("manifest"):
+            raw = record(data, FORMAT)
+            chunk_size = count(raw["chunk_size"])
             manifest = cls(
-                ref=parse_ref(raw["ref"]),
-                asked=raw["asked"],
-                endpoint=raw["endpoint"],
-                selection=Selection(tuple(raw["selection"]["include"]), tuple(raw["selection"]["exclude"])),
-                parsed=raw["parsed"],
-                chunk_size=raw["chunk_size"],
-                verified_at=raw["verified_at"],
-                version=raw["nvcache"],
-                warnings=tuple(raw["warnings"]),
-                left_out=tuple(LeftOut(path, size) for path, size in raw["left_out"]),
-                files=files,
+                ref=parse_pinned(raw["ref"]),
+                asked=text(raw["asked"]),
+                endpoint=text(raw["endpoint"]),
+                selection=Selection.from_dict(raw["selection"]),
+                parsed=flag(raw["parsed"]),
+                chunk_size=chunk_size,
+                verified_at=text(raw["verified_at"]),
+                version=text(raw["nvcache"]),
+                warnings=texts(raw["warnings"]),
+                left_out=tuple(LeftOut(text(path), count(size)) for path, size in raw["left_out"]),
+                files=tuple(File.from_dict(file, chunk_size) for file in raw["files"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _torn(str(error)) from error
-        check_names(file.path for file in files)
-        for file in files:
-            if len(file.chunks) != chunk_count(file.size, manifest.chunk_size) * DIGEST_BYTES:
-                raise _torn(f"{file.path} has not one chunk digest per chunk")
+            check_names(file.path for file in manifest.files)
         return manifest
 
 
 def chunk_count(size: int, chunk: int = CHUNK) -> int:
-    """How many chunks a file of `size` bytes has; an empty file has none."""
+    """How many chunks a file of `size` bytes has; an empty file has none. Raises ValueError unless `chunk` is at least 1."""
+    if chunk < 1:
+        raise ValueError(f"{chunk} is no chunk size")
     return -(-size // chunk)
-
-
-def _torn(why: str) -> IntegrityError:
-    return IntegrityError(Code.DEGRADED, f"cannot read manifest: {why}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from nvcache.errors import Code, IntegrityError
 
 NAME_BYTES = 255
 PATH_BYTES = 1024  # leaves room for the store's own prefix below PATH_MAX (4096)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 def check_name(path: str) -> None:
     """Raises `IntegrityError` (hostile-name) unless `path` is a relative path that stays inside its directory on every file system."""
-    why = _unsafe(path)
+    why = unsafe(path)
     if why:
         raise IntegrityError(Code.HOSTILE_NAME, f"cannot store file {path[:120]!r}: {why}")
 
@@ -42,14 +44,15 @@ def check_names(paths: Iterable[str]) -> None:
             raise IntegrityError(Code.LISTING_CONFLICT, f"cannot store file {path!r}: {folders[key]!r} is also a folder")
 
 
-def _unsafe(path: str) -> str | None:
+def unsafe(path: str) -> str | None:
+    """Why `path` may not be created below a directory, or None."""
     if not path:
         return "the name is empty"
     if path.startswith("/"):
         return "the path is absolute"
     if "\\" in path:
         return "it has a backslash"
-    if any(ord(char) < 32 or 127 <= ord(char) < 160 for char in path):
+    if _CONTROL.search(path):
         return "it has a control character"
     try:
         raw = path.encode()

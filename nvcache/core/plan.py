@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any
 
 from nvcache.core.digest import Algorithm, Digest
 from nvcache.core.manifest import LeftOut, Selection
 from nvcache.core.names import check_names
-from nvcache.core.ref import EntryId, Ref, parse_ref
-from nvcache.errors import Code, IntegrityError
+from nvcache.core.records import count, flag, reading, record, text, texts
+from nvcache.core.ref import EntryId, Ref, parse_pinned
 
 FORMAT = 1
 
@@ -42,6 +42,22 @@ class RemoteFile:
     def sha256(self) -> str | None:
         """The content's SHA-256 where the source publishes it: enough to find the blob without fetching."""
         return self.digest.hex if self.digest and self.digest.algorithm is Algorithm.SHA256 else None
+
+    def to_list(self) -> list[object]:
+        """As it stands in a plan."""
+        return [self.path, self.size, self.token, str(self.digest) if self.digest else None, self.xet]
+
+    @classmethod
+    def from_list(cls, raw: Sequence[object]) -> RemoteFile:
+        """The inverse of `to_list`. Raises TypeError, ValueError."""
+        path, size, token, digest, xet = raw
+        return cls(
+            path=text(path),
+            size=count(size),
+            token=text(token),
+            digest=None if digest is None else Digest.parse(text(digest)),
+            xet=None if xet is None else text(xet),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,36 +97,32 @@ class FillPlan:
                 "ref": str(self.ref),
                 "asked": self.asked,
                 "endpoint": self.endpoint,
-                "selection": {"include": self.selection.include, "exclude": self.selection.exclude},
+                "selection": self.selection.to_dict(),
                 "left_out": [[f.path, f.size] for f in self.left_out],
                 "names": self.names,
                 "alias": self.alias,
                 "pin": self.pin,
                 "priority": int(self.priority),
-                "files": [[f.path, f.size, f.token, str(f.digest) if f.digest else None, f.xet] for f in self.files],
+                "files": [f.to_list() for f in self.files],
             }
         ).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> FillPlan:
         """Read a plan back. Raises `IntegrityError` (degraded) when it is torn or unsafe."""
-        try:
-            raw: dict[str, Any] = json.loads(data)
-            if raw["format"] != FORMAT:
-                raise IntegrityError(Code.DEGRADED, f"cannot read fill plan: its format is {raw['format']!r}, this version knows {FORMAT}")
+        with reading("fill plan"):
+            raw = record(data, FORMAT)
             plan = cls(
-                ref=parse_ref(raw["ref"]),
-                asked=raw["asked"],
-                endpoint=raw["endpoint"],
-                selection=Selection(tuple(raw["selection"]["include"]), tuple(raw["selection"]["exclude"])),
-                left_out=tuple(LeftOut(path, size) for path, size in raw["left_out"]),
-                names=tuple(raw["names"]),
-                alias=raw["alias"],
-                pin=raw["pin"],
+                ref=parse_pinned(raw["ref"]),
+                asked=text(raw["asked"]),
+                endpoint=text(raw["endpoint"]),
+                selection=Selection.from_dict(raw["selection"]),
+                left_out=tuple(LeftOut(text(path), count(size)) for path, size in raw["left_out"]),
+                names=texts(raw["names"]),
+                alias=None if raw["alias"] is None else text(raw["alias"]),
+                pin=flag(raw["pin"]),
                 priority=Priority(raw["priority"]),
-                files=tuple(RemoteFile(p, s, t, Digest.parse(d) if d else None, x) for p, s, t, d, x in raw["files"]),
+                files=tuple(RemoteFile.from_list(file) for file in raw["files"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise IntegrityError(Code.DEGRADED, f"cannot read fill plan: {error}") from error
-        check_names(file.path for file in plan.files)
+            check_names(file.path for file in plan.files)
         return plan

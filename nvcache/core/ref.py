@@ -15,15 +15,16 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from nvcache.errors import Code, RequestError
 
-SLUG_LIMIT = 200
+SLUG_LIMIT = 180  # <slug>@<64 hex>.json is a file name: 255 bytes at most
 _HF_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REVISION = re.compile(r"[A-Za-z0-9_.+=/-]{1,200}")
 _SLUG = re.compile(r"[a-z]+--[A-Za-z0-9_.=-]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 
 
@@ -48,11 +49,11 @@ class Ref:
     @property
     def base(self) -> str:
         """The canonical form without a revision."""
-        return f"{self.scheme}://{quote(self.location, safe='/@:+,~')}"
+        return f"{self.scheme}://{quote(self.location, safe='/:+,~')}"
 
     @property
     def slug(self) -> str:
-        """The reference without revision as one safe file name and URL segment: injective, at most 200 bytes."""
+        """The reference without revision as one safe file name and URL segment: injective, at most 180 bytes."""
         parts = [part for part in self.location.split("/") if part]
         text = "--".join([str(self.scheme), *(_escape(part) for part in parts)])
         if len(text) <= SLUG_LIMIT:
@@ -98,9 +99,10 @@ def parse_ref(text: str) -> Ref:
     """Read a reference to a source. Raises `RequestError` (bad-reference) that says where it went wrong."""
     if not text or len(text) > 4096:
         raise _bad(text, "it is empty" if not text else "it is longer than 4096 characters")
-    for i, char in enumerate(text):
-        if ord(char) < 32 or ord(char) == 127:
-            raise _bad(text, f"control character at position {i}")
+    if control := _CONTROL.search(text):
+        raise _bad(text, f"control character at position {control.start()}")
+    if any(0xD800 <= ord(char) < 0xE000 for char in text):
+        raise _bad(text, "it is not valid Unicode")
     scheme, sep, rest = text.partition("://")
     if not sep:
         return _parse_hf(text, text)
@@ -108,15 +110,33 @@ def parse_ref(text: str) -> Ref:
         case "hf":
             return _parse_hf(text, rest)
         case "file":
-            return _parse_file(text)
+            return _parse_file(text, rest)
         case _:
             raise _bad(text, f"unknown scheme {scheme!r} at position 0")
+
+
+def parse_pinned(text: object) -> Ref:
+    """Read a reference that names exact bytes. Raises `RequestError` (bad-reference), TypeError."""
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r:.80} is not a reference")
+    ref = parse_ref(text)
+    if not ref.pinned:
+        raise _bad(text, "it has no full revision")
+    return ref
+
+
+def parse_alias(text: str) -> str:
+    """Read the `org/name` under which a model is shown in the HuggingFace view. Raises `RequestError` (bad-reference)."""
+    ref = parse_ref(text)
+    if ref.scheme is not Scheme.HF or text != ref.location:
+        raise RequestError(Code.BAD_REFERENCE, f"cannot use alias {text[:200]!r}: an alias has the form org/name")
+    return text
 
 
 def parse_name(text: str) -> Ref | SlugName:
     """Read what a caller names a model by: a reference, an entry or a bare slug. Raises `RequestError` (bad-reference)."""
     head, at, revision = text.partition("@")
-    if "/" not in text and _SLUG.fullmatch(head) and head.partition("--")[0] in Scheme.__members__.values():
+    if "/" not in text and len(head) <= SLUG_LIMIT and _SLUG.fullmatch(head) and head.partition("--")[0] in Scheme.__members__.values():
         if at and not is_commit(revision):
             raise _bad(text, f"the part after '@' at position {len(head)} is not a full revision")
         return SlugName(head, revision or None)
@@ -136,9 +156,11 @@ def _parse_hf(text: str, rest: str) -> Ref:
     parts = name.split("/")
     if len(parts) > 2:
         raise _bad(text, "a Hub model has the form org/name: too many '/'")
+    position = len(text) - len(rest)
     for part in parts:
         if not _HF_PART.fullmatch(part) or "--" in part or ".." in part:
-            raise _bad(text, f"{part!r} at position {text.find(part) if part else len(text) - len(rest)} is not a Hub name")
+            raise _bad(text, f"{part!r} at position {position} is not a Hub name")
+        position += len(part) + 1
     if parts[-1].endswith(".git"):
         raise _bad(text, "a Hub name does not end in '.git'")
     if at:
@@ -146,17 +168,17 @@ def _parse_hf(text: str, rest: str) -> Ref:
     return Ref(Scheme.HF, name, revision or None)
 
 
-def _parse_file(text: str) -> Ref:
-    head, at, tail = text.rpartition("@")
+def _parse_file(text: str, rest: str) -> Ref:
+    head, at, tail = rest.rpartition("@")
     revision = tail if at and is_commit(tail) and len(tail) == 64 else None
-    url = urlsplit(head if revision else text)
-    if url.netloc:
+    quoted = head if revision else rest
+    if not quoted.startswith("/"):
         raise _bad(text, "a directory is written file:///absolute/dir, with three slashes")
-    if url.query or url.fragment:
+    if "?" in quoted or "#" in quoted:
         raise _bad(text, "'?' and '#' in a path are written %3F and %23")
-    path = unquote(url.path)
-    if not path.startswith("/") or "\0" in path:
-        raise _bad(text, "the path is not absolute")
+    path = unquote(quoted)
+    if _CONTROL.search(path):
+        raise _bad(text, "the path has a control character")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise _bad(text, "the path has a '..'")

@@ -1,7 +1,7 @@
 """Which files of a repository are taken: the default set, or include/exclude patterns. It fetches nothing.
 
 Default: safetensors and every non-weight file. Where safetensors exist, the same weights in other formats are left out; where none exist, everything
-is taken. Patterns are shell patterns over the whole path (`fnmatch`, as in huggingface_hub's allow_patterns), and a pattern ending in `/` means the folder.
+is taken. Patterns are shell patterns over the whole path (`fnmatch`, as in huggingface_hub's allow_patterns); one that ends in `/` means the folder.
 """
 
 from __future__ import annotations

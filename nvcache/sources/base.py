@@ -84,10 +84,10 @@ def remote_from_dict(raw: dict[str, Any]) -> Remote:
 class Source(Protocol):
     """A place that holds models.
 
-    All three calls block, may be made from several threads at once, and are bounded: each returns or raises `SourceError` within its own
-    time limit (30 s without an answer at most; retries of transient failures included, 120 s). They hold no state a restart would miss, read
-    credentials anew at each call, and put no secret into what they return apart from `Remote`, or into an error. What a source's SDK raises is mapped by
-    one table to `SourceError` (transient: `retryable`), or `IntegrityError` for listings that contradict themselves.
+    All calls block, may be made from several threads at once, and are bounded: each returns or raises `SourceError` within its own time limit
+    (30 s without an answer at most; retries of transient failures included, 120 s). They hold no state a restart would miss, read credentials anew
+    at each call, and put no secret into what they return apart from `Remote`, or into an error. What a source's SDK raises is mapped by one table to
+    `SourceError` (transient: `retryable`), or `IntegrityError` for listings that contradict themselves.
     """
 
     def resolve(self, ref: Ref) -> Resolved:
@@ -96,8 +96,11 @@ class Source(Protocol):
     def list(self, resolved: Resolved) -> tuple[RemoteFile, ...]:
         """Every file of the revision, names as the source gives them (the caller refuses hostile ones), at most 100,000 files."""
 
+    def refuse(self, resolved: Resolved, file: RemoteFile) -> None:
+        """Raise what `locate` would raise for `file` whatever the source answers (needs-xet); asks nothing. For planning."""
+
     def locate(self, resolved: Resolved, file: RemoteFile) -> Remote:
-        """Where the bytes of `file` are, credentials included. Called again for a fresh URL after a failure; makes no request if it can be avoided."""
+        """Where the bytes of `file` are, credentials included; asks nothing if it can be avoided. Called again for a fresh URL after a failure."""
 
 
 class Reader(Protocol):

@@ -1,0 +1,158 @@
+"""How results look: sizes, times, tables, JSON, complaints. It asks the daemon nothing and exits nothing.
+
+stdout carries what was asked for, stderr everything else. rich is imported when something is drawn, so that `nvcache path` starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+PIPE_WIDTH = 4096  # columns when nobody looks: never cut what a script greps
+STATE_STYLE = {
+    "ready": "green",
+    "done": "green",
+    "ok": "green",
+    "degraded": "bold red",
+    "failed": "bold red",
+    "fail": "bold red",
+    "cancelled": "yellow",
+    "warn": "yellow",
+    "unknown": "yellow",
+    "evicting": "yellow",
+}
+BUSY_STYLE = "cyan"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks and the Hub count: `90.9 MB`."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.95 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def rate(per_second: float) -> str:
+    """Bytes per second for people."""
+    return f"{size(per_second)}/s"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3:05 min`, `2:03:05 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
+
+
+def ago(moment: str | None, now: datetime | None = None) -> str:
+    """An RFC 3339 time as its age: `just now`, `5 min ago`, `3 d ago`; `-` for none."""
+    if not moment:
+        return "-"
+    seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit} ago"
+    return "just now"
+
+
+def percent(progress: Mapping[str, Any]) -> int:
+    """How far a progress object is, 0 to 100; 100 only when all is done."""
+    total, done = progress["bytes_total"], progress["bytes_done"]
+    return int(100 * done / total) if total else 0
+
+
+def state(text: str, extra: str = "") -> Text:
+    """A state in its colour, with the progress of a fill behind it."""
+    from rich.text import Text
+
+    return Text(f"{text} {extra}".strip(), style=STATE_STYLE.get(text.lower(), BUSY_STYLE))
+
+
+def going(progress: Mapping[str, Any] | None) -> str:
+    """A fill's progress in one phrase: `42% at 1.2 GB/s, 40 s left`."""
+    if not progress or not progress["bytes_total"]:
+        return ""
+    speed = f" at {rate(progress['rate'])}" if progress["rate"] else ""
+    left = f", {duration(progress['eta_s'])} left" if progress["eta_s"] is not None else ""
+    return f"{percent(progress)}%{speed}{left}"
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that folds nothing when it writes into a pipe."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Iterable[str] = ()) -> None:
+    """A borderless table on stdout; columns named in `right` hold numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    flush = frozenset(right)
+    for name in columns:
+        drawn.add_column(name, justify="right" if name in flush else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    _print(drawn)
+
+
+def fields(pairs: Iterable[tuple[str, str | Text]]) -> None:
+    """Aligned `name  value` lines on stdout."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table.grid(padding=(0, 2, 0, 0))
+    drawn.add_column(style="bold")
+    drawn.add_column(overflow="fold")
+    for name, value in pairs:
+        drawn.add_row(name, value if isinstance(value, Text) else Text(value))
+    _print(drawn)
+
+
+def _print(drawn: Table) -> None:
+    """A table on stdout; in a pipe without the blanks that fill the last column."""
+    out = console()
+    if out.is_terminal:
+        out.print(drawn)
+        return
+    with out.capture() as captured:
+        out.print(drawn)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def as_json(value: object, *, line: bool = False) -> None:
+    """JSON on stdout: indented, or one line for a stream of objects."""
+    click.echo(json.dumps(value, indent=None if line else 2, ensure_ascii=False))
+
+
+def say(text: str) -> None:
+    """One line to a person, on stderr."""
+    click.echo(f"nvcache: {text}", err=True)
+
+
+def complain(detail: str, hint: str | None) -> None:
+    """An error as every command shows it: what could not be done and why, then what to do."""
+    say(detail)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)

@@ -1,0 +1,435 @@
+"""The engine: wires store, sources and workers together and is what the API asks. It parses no HTTP and formats nothing for people.
+
+Start order: lock and recognise the store, read the catalog, put half-made things right; plans, repairs and declared models go on in the background.
+Stop is the reverse, bounded, and safe to be cut short: every step on the disk is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
+
+from nvcache import __version__
+from nvcache.core.manifest import Manifest
+from nvcache.core.ref import EntryId, Ref, Scheme, SlugName, parse_entry, parse_name, parse_ref
+from nvcache.core.states import JobState, ModelState
+from nvcache.engine import clock
+from nvcache.engine.blocking import DaemonExecutor
+from nvcache.engine.context import Context
+from nvcache.engine.ensure import Ensurer
+from nvcache.engine.fetch import Fetcher
+from nvcache.engine.jobs import Job, Jobs
+from nvcache.engine.ledger import Ledger
+from nvcache.engine.lookup import Lookup
+from nvcache.engine.repair import Repairer
+from nvcache.engine.shelf import Entry
+from nvcache.engine.startup import load_shelf, resume_all
+from nvcache.engine.status import (
+    Counters,
+    DryRun,
+    EnsureRequest,
+    JobStatus,
+    LeaseStatus,
+    ModelStatus,
+    SpaceStatus,
+)
+from nvcache.engine.watch import Watcher, Watchers
+from nvcache.engine.worker import transport_to_dict
+from nvcache.engine.workers import Workers
+from nvcache.errors import Code, IntegrityError, NvcacheError, RequestError
+from nvcache.settings import Settings, child_environment, hub_token, proxies
+from nvcache.sources.base import Source
+from nvcache.sources.directory import Directory
+from nvcache.sources.huggingface import HuggingFace
+from nvcache.sources.ranges import Transport
+from nvcache.store.blobs import Blobs
+from nvcache.store.catalog import Catalog, Lease
+from nvcache.store.root import Root
+from nvcache.store.views import Views
+
+log = logging.getLogger(__name__)
+OPEN_TIMEOUT = 60.0  # seconds opening and reading the store may take before the disk counts as stalled
+MEASURE_EVERY = 30.0  # seconds between two looks at the room that nobody asked for
+LEASE_GRACE = 120.0  # seconds every lease lives on after a restart, so that its holder can find us again
+TOUCH_EVERY = 60.0  # seconds between two notes of the same entry's use
+
+
+class Engine:
+    """One store and everything that happens in it. All methods belong to one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.version = __version__
+        self.counters = Counters()
+        self._root: Root | None = None
+        self._disk = DaemonExecutor("disk", 8)
+        self._net = DaemonExecutor("net", 8)
+        self._problems: tuple[str, ...] = ("the daemon is starting",)
+        self._background: asyncio.Task[None] | None = None
+        self._jobs = Jobs(self._job_changed)
+        self._do: Context
+        self._lookup: Lookup
+        self._ensurer: Ensurer
+        self._repairer: Repairer
+        self._watchers: Watchers
+
+    # -- life
+
+    async def start(self) -> None:
+        """Take the store into use. Raises `ConfigError` (store-*) and `DiskError`; anything later is told by `problems`."""
+        self._root = await self._disk.bounded(OPEN_TIMEOUT, f"open the store {self.settings.store}", Root.open, self.settings.store)
+        self._do = self._wire(self._root)
+        self._watchers = Watchers(self._status)
+        fetcher = Fetcher(self._do)
+        self._repairer = Repairer(self._do, fetcher)
+        self._lookup = Lookup(self._do, self._jobs, self._doubt)
+        self._ensurer = Ensurer(self._do, self._jobs, fetcher, self._repairer, self._lookup, self.settings.resolve_ttl)
+        await self._disk.bounded(OPEN_TIMEOUT, "read the store", load_shelf, self._do, self._root, clock.unix() + LEASE_GRACE)
+        await self._do.ledger.measure()
+        self._problems = ()
+        self._background = asyncio.create_task(self._run(), name="engine")
+
+    async def stop(self) -> None:
+        """End jobs, workers and watchers, in that order; plans stay for the next start."""
+        self._problems = ("the daemon is stopping",)
+        if self._background is not None:
+            self._background.cancel()
+            await asyncio.wait({self._background})
+        await self._jobs.stop()
+        if self._root is not None:
+            await self._do.workers.stop()
+            self._watchers.close()
+            self._root.close()
+
+    def _wire(self, root: Root) -> Context:
+        settings = self.settings
+        transport = Transport(
+            connect_timeout=settings.connect_timeout,
+            stall_timeout=settings.stall_timeout,
+            deadline=settings.fetch_deadline,
+            ca_file=str(settings.ca_file) if settings.ca_file else None,
+            proxies=proxies(),
+        )
+        blobs = Blobs(root.layout)
+        hello = {"root": str(settings.store), "direct": root.direct_io and settings.direct_io, "transport": transport_to_dict(transport)}
+        sources: dict[Scheme, Source] = {
+            Scheme.HF: HuggingFace(settings.hf_endpoint, lambda: hub_token(settings), transport),
+            Scheme.FILE: Directory(),
+        }
+        return Context(
+            layout=root.layout,
+            blobs=blobs,
+            views=Views(root.layout, blobs),
+            catalog=Catalog(root.layout),
+            ledger=Ledger(root.layout, blobs, self._disk, settings.max_bytes, settings.min_free),
+            workers=Workers(settings.worker_count, settings.lanes, hello, child_environment()),
+            sources=sources,
+            disk=self._disk,
+            net=self._net,
+            version=self.version,
+            changed=self._entry_changed,
+            counters=self.counters,
+        )
+
+    async def _run(self) -> None:
+        """Own everything that goes on without being asked for."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_measuring(), name="measure")
+            group.create_task(resume_all(self._do, self._ensurer, self._start_repair), name="resume")
+            for model in self.settings.models:
+                ref = parse_ref(model.ref if model.revision is None else f"{model.ref}@{model.revision}")
+                group.create_task(self._ensurer.keep(ref, model), name=f"declared-{ref}")
+
+    async def _keep_measuring(self) -> None:
+        while True:
+            await asyncio.sleep(MEASURE_EVERY)
+            try:
+                await self._do.ledger.measure()
+                self._problems = ()
+            except NvcacheError as error:
+                self._problems = (str(error),)
+            await self._expire_leases()
+
+    # -- what is here
+
+    def problems(self) -> tuple[str, ...]:
+        """Why the node should not be asked, in words; empty when it may be. Never blocks."""
+        return self._problems
+
+    def models(self, state: ModelState | None = None) -> list[ModelStatus]:
+        """Every model the node has or is making, by name, from memory."""
+        return self._lookup.all(state)
+
+    async def model(self, name: str) -> ModelStatus:
+        """One model by reference, slug or entry. Raises `RequestError` (bad-reference, unknown-model)."""
+        status = await self._lookup.model(name)
+        if status.state is ModelState.READY:
+            self._touch(parse_entry(status.entry))
+        return status
+
+    def manifest(self, entry: str) -> Manifest | None:
+        """The manifest of an entry, once it has one."""
+        found = self._do.shelf.entries.get(parse_entry(entry))
+        return found.manifest if found else None
+
+    def space(self) -> SpaceStatus:
+        """The store's room as last measured."""
+        return self._do.ledger.status
+
+    def stripe(self) -> dict[str, object]:
+        """What the store lies on. A directory for now: the disks below it are somebody else's."""
+        room = self.space()
+        return {
+            "backend": "directory",
+            "path": str(self.settings.store),
+            "direct_io": bool(self._root and self._root.direct_io and self.settings.direct_io),
+            "space": {"total": room.total, "free": room.free, "used": room.used, "limit": room.limit},
+            "health": "ok" if not self._problems else "; ".join(self._problems),
+        }
+
+    def watch(self, entry: str) -> AbstractAsyncContextManager[Watcher]:
+        """A queue of an entry's statuses: the one now, then every change; None ends it."""
+        return self._watchers.watch(parse_entry(entry))
+
+    # -- making ready
+
+    async def ensure(self, wish: EnsureRequest) -> ModelStatus | JobStatus:
+        """Make a model ready: its status if it is, else the job that everybody with the same wish shares."""
+        answer = await self._ensurer.ensure(wish)
+        if isinstance(answer, Job):
+            return answer.status()
+        self._touch(parse_entry(answer.entry))
+        return answer
+
+    async def dry_run(self, wish: EnsureRequest) -> DryRun:
+        """What making a model ready would fetch, and whether it fits. Raises what resolving raises."""
+        return await self._ensurer.dry_run(wish)
+
+    async def verify(self, name: str) -> JobStatus:
+        """Read every byte of a model back and repair what is bad. Raises `RequestError` (unknown-model)."""
+        entry_id = self._lookup_entry(parse_name(name))
+        return self._start_verify(entry_id).status()
+
+    def _lookup_entry(self, name: Ref | SlugName) -> EntryId:
+        entry_id = self._do.shelf.find(name)
+        return self._do.shelf.only(name) if entry_id is None else entry_id
+
+    def _start_verify(self, entry_id: EntryId) -> Job:
+        entry = self._do.shelf.entries[entry_id]
+
+        async def work(job: Job) -> None:
+            self._jobs.bind(job, entry_id)
+            async with self._do.entry_locks(entry_id):
+                found = self._do.shelf.entries.get(entry_id)
+                if found is None:
+                    raise RequestError(Code.UNKNOWN_MODEL, f"cannot verify {entry_id}: it was removed meanwhile")
+                if found.broken is not None:
+                    await self._repairer.recover(job, found)
+                else:
+                    await self._repairer.verify(job, found)
+            job.move(JobState.DONE)
+
+        return self._jobs.start(("verify", entry_id), "verify", entry.manifest.ref, work)[0]
+
+    def _start_repair(self, entry: Entry) -> Job:
+        async def work(job: Job) -> None:
+            self._jobs.bind(job, entry.id)
+            async with self._do.entry_locks(entry.id):
+                if entry.broken is not None:
+                    await self._repairer.recover(job, entry)
+            job.move(JobState.DONE)
+
+        return self._jobs.start(("verify", entry.id), "repair", entry.manifest.ref, work)[0]
+
+    def _doubt(self, entry: Entry) -> None:
+        """A look-up found files missing or of another size: from now on the entry is not served, until it is whole again."""
+        log.error("files of a model are gone or short; it is withdrawn and repaired", extra={"facts": {"model": str(entry.id)}})
+        entry.broken = IntegrityError(Code.DEGRADED, f"cannot serve {entry.id}: files of it are gone or short")
+        self._entry_changed(entry.id)
+        self._start_repair(entry)
+
+    # -- keeping and removing
+
+    async def remove(self, name: str) -> ModelStatus:
+        """Withdraw a model and free its blobs. Raises `RequestError` (unknown-model, ambiguous-revision, pinned, leased, in-use)."""
+        wanted = parse_name(name)
+        entry_id = self._do.shelf.only(wanted)
+        async with self._do.entry_locks(entry_id):
+            entry = self._do.shelf.entries.get(entry_id)
+            if entry is None:
+                raise RequestError(Code.UNKNOWN_MODEL, f"cannot remove {entry_id}: it was removed meanwhile")
+            self._check_removable(entry)
+            if await self._disk.call(self._in_use, entry):
+                raise RequestError(Code.IN_USE, f"cannot remove {entry_id}: a process on this node has its files open")
+            self._check_removable(entry)  # a lease may have come meanwhile; from here to `removing` nothing waits
+            entry.removing = True
+            self._do.changed(entry_id)
+            try:
+                await self._disk.call(self._remove, entry)
+            except NvcacheError as error:
+                entry.removing, entry.broken = False, error
+                raise
+            self._do.shelf.drop(entry_id)
+            self._ensurer.forget(entry_id)
+            self._do.changed(entry_id)
+        await self._do.ledger.measure()
+        return ModelStatus(
+            entry=str(entry_id),
+            ref=str(entry.manifest.ref),
+            revision=entry_id.revision,
+            state=ModelState.ABSENT,
+            files=len(entry.manifest.files),
+            bytes=entry.manifest.size,
+        )
+
+    def _check_removable(self, entry: Entry) -> None:
+        if entry.state.pin:
+            raise RequestError(Code.PINNED, f"cannot remove {entry.id}: it is pinned")
+        holders = self._do.shelf.holders(entry.id, clock.unix())
+        if holders:
+            facts: dict[str, object] = {"holders": [{"lease": lease.id, "holder": lease.holder, "expires": lease.expires} for lease in holders]}
+            raise RequestError(Code.LEASED, f"cannot remove {entry.id}: {', '.join(lease.holder for lease in holders)} holds it", facts=facts)
+
+    def _in_use(self, entry: Entry) -> bool:
+        """Whether the kernel says that any of its blobs is open or mapped, with or without a lease; one that other entries show counts as well."""
+        return any(self._do.blobs.in_use(sha256) for sha256 in entry.manifest.blobs)
+
+    def _remove(self, entry: Entry) -> None:
+        self._do.views.withdraw(entry.manifest, hub_id=entry.hub_id)
+        self._do.catalog.remove_manifest(entry.id)
+        self._do.catalog.remove_plan(entry.id)
+        self._do.catalog.remove_state(entry.id)
+        for lease in [lease for lease in self._do.shelf.leases.values() if lease.entry == entry.id]:
+            self._do.catalog.remove_lease(lease.id)
+        for sha256 in entry.manifest.blobs:
+            self._do.blobs.remove_if_unreferenced(sha256, grace=0)
+
+    async def pin(self, name: str, pinned: bool) -> ModelStatus:
+        """Never remove a model to make room, or let it be again. Raises `RequestError` (unknown-model)."""
+        entry_id = self._lookup_entry(parse_name(name))
+        async with self._do.entry_locks(entry_id):
+            entry = self._do.shelf.entries.get(entry_id)
+            if entry is None:
+                raise RequestError(Code.UNKNOWN_MODEL, f"cannot pin {entry_id}: it was removed meanwhile")
+            if entry.state.pin is not pinned:
+                state = replace(entry.state, pin=pinned)
+                await self._disk.call(self._do.catalog.write_state, entry_id, state)
+                entry.state = state
+                self._do.changed(entry_id)
+        return await self.model(str(entry_id))
+
+    # -- leases
+
+    async def lease(self, name: str, holder: str, ttl_s: float | None) -> LeaseStatus:
+        """Hold a ready model while loading. Raises `RequestError` (unknown-model, not-ready)."""
+        status = await self.model(name)
+        entry_id = parse_entry(status.entry)
+        entry = self._do.shelf.entries.get(entry_id)
+        if status.path is None or entry is None or entry.removing:
+            raise RequestError(Code.NOT_READY, f"cannot lease {status.entry}: it is {status.state}")
+        ttl = self._ttl(ttl_s)
+        lease = Lease(secrets.token_hex(16), entry_id, holder, clock.unix() + ttl, ttl)
+        self._do.shelf.leases[lease.id] = lease  # in memory first: from here on nobody removes the entry
+        try:
+            await self._disk.call(self._do.catalog.write_lease, lease)
+        except NvcacheError:
+            del self._do.shelf.leases[lease.id]
+            raise
+        self._do.changed(entry_id)
+        return self._lease_status(lease)
+
+    async def renew(self, name: str, lease: str, ttl_s: float | None) -> LeaseStatus:
+        """Hold on to a lease. Raises `RequestError` (unknown-lease)."""
+        held = self._held(name, lease)
+        ttl = self._ttl(ttl_s) if ttl_s is not None else held.ttl
+        fresh = replace(held, expires=clock.unix() + ttl, ttl=ttl)
+        await self._disk.call(self._do.catalog.write_lease, fresh)
+        self._do.shelf.leases[lease] = fresh
+        return self._lease_status(fresh)
+
+    async def release(self, name: str, lease: str) -> None:
+        """Let go. Raises `RequestError` (unknown-lease)."""
+        held = self._held(name, lease)
+        del self._do.shelf.leases[lease]
+        await self._disk.call(self._do.catalog.remove_lease, lease)
+        self._do.changed(held.entry)
+
+    def leases(self) -> list[LeaseStatus]:
+        """Every lease that has not run out."""
+        now = clock.unix()
+        return [self._lease_status(lease) for lease in self._do.shelf.leases.values() if lease.expires > now]
+
+    def _ttl(self, ttl_s: float | None) -> float:
+        ttl = self.settings.lease_ttl if ttl_s is None else ttl_s
+        if not 1 <= ttl <= 86400:
+            raise RequestError(Code.BAD_REQUEST, f"cannot lease for {ttl:g} s: the life of a lease is 1 to 86400 s")
+        return ttl
+
+    def _held(self, name: str, lease: str) -> Lease:
+        held = self._do.shelf.leases.get(lease)
+        if held is None or held.expires <= clock.unix() or held.entry.slug != parse_name(name).slug:
+            raise RequestError(Code.UNKNOWN_LEASE, f"cannot find lease {lease[:64]!r} on {name[:200]}: it was released or ran out")
+        return held
+
+    def _lease_status(self, lease: Lease) -> LeaseStatus:
+        entry = self._do.shelf.entries[lease.entry]
+        return LeaseStatus(
+            lease=lease.id,
+            entry=str(lease.entry),
+            holder=lease.holder,
+            path=str(self._do.layout.view(lease.entry)),
+            hub_cache=str(self._do.layout.hub) if entry.hub_id else None,
+            expires=clock.from_unix(lease.expires),
+        )
+
+    async def _expire_leases(self) -> None:
+        now = clock.unix()
+        for lease in [lease for lease in self._do.shelf.leases.values() if lease.expires <= now]:
+            self._do.shelf.leases.pop(lease.id, None)
+            await self._disk.call(self._do.catalog.remove_lease, lease.id)
+            self._do.changed(lease.entry)
+
+    # -- jobs
+
+    def jobs(self) -> list[JobStatus]:
+        """Jobs under way and those that ended within the last hour."""
+        return [job.status() for job in self._jobs]
+
+    def job(self, job_id: str) -> JobStatus:
+        """One job. Raises `RequestError` (unknown-job)."""
+        return self._jobs.get(job_id).status()
+
+    async def cancel(self, job_id: str) -> JobStatus:
+        """Stop a job; what it fetched stays until the room is needed. Raises `RequestError` (unknown-job)."""
+        job = self._jobs.get(job_id)
+        await self._jobs.cancel(job)
+        if job.state is JobState.CANCELLED and job.entry is not None:
+            await self._disk.call(self._do.catalog.remove_plan, job.entry)
+        return job.status()
+
+    def _job_changed(self, job: Job) -> None:
+        if job.state is JobState.FAILED and job.error is not None:
+            code = str(job.error.code)
+            self.counters.fill_failures[code] = self.counters.fill_failures.get(code, 0) + 1
+            log.error("%s of %s failed: %s", job.kind, job.ref, job.error, extra={"facts": {"job": job.id, "code": code}})
+        if job.entry is not None:
+            self._watchers.changed(job.entry)
+
+    # -- helpers
+
+    def _entry_changed(self, entry_id: EntryId) -> None:
+        self._watchers.changed(entry_id)
+
+    def _status(self, entry_id: EntryId) -> ModelStatus | None:
+        return self._lookup.status(entry_id)
+
+    def _touch(self, entry_id: EntryId) -> None:
+        """Note a use in memory, and on the disk at most once a minute, without waiting for it."""
+        entry = self._do.shelf.entries.get(entry_id)
+        now = clock.unix()
+        if entry is not None and now - (entry.last_used or 0) >= TOUCH_EVERY:
+            entry.last_used = now
+            self._disk.submit(self._do.catalog.touch, entry_id, now)

@@ -1,0 +1,360 @@
+"""Makes an entry ready: plan, reserve, hand files to the workers, check the weights, publish. It neither resolves moving names nor decides who waits.
+
+Order on the disk: the plan before the first byte; blobs; views, trees, refs; the manifest last; then the plan goes. A fill that stops anywhere is
+resumed from its plan, on the revision it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from nvcache.core.digest import Algorithm, Digest
+from nvcache.core.manifest import Check, File, LeftOut, Manifest, Selection
+from nvcache.core.names import check_names
+from nvcache.core.plan import FillPlan, Priority, RemoteFile
+from nvcache.core.ref import Ref, Scheme
+from nvcache.core.selection import chooses, is_safetensors
+from nvcache.core.shards import is_index
+from nvcache.core.states import JobState
+from nvcache.engine import clock
+from nvcache.engine.context import Context
+from nvcache.engine.jobs import Job, Tally
+from nvcache.engine.ledger import Promise
+from nvcache.engine.messages import AdoptTask, FetchTask, WeightsTask
+from nvcache.engine.shelf import Entry, hub_id
+from nvcache.errors import Code, IntegrityError, NvcacheError, RequestError
+from nvcache.sources.base import Resolved, remote_to_dict
+from nvcache.store.catalog import EntryState
+from nvcache.store.ingest import discard, ingest_key
+from nvcache.store.receipts import drop_receipt, read_receipt
+
+log = logging.getLogger(__name__)
+MAX_FILES = 100_000
+LARGE = 64 * 2**20  # bytes from which a file is worth several lanes
+TRIES = 3  # of one file, where another try may help at once; waiting out a slow source is the reader's matter
+TRY_AGAIN = frozenset({Code.WORKER_DIED, Code.DIGEST_MISMATCH, Code.SOURCE_CHANGED, Code.BAD_TOKEN})
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """What of a plan is already on the node, and what is missing (ingest key → file)."""
+
+    files: dict[str, File]  # path → finished file
+    adopt: dict[str, RemoteFile]  # path → a blob that is here but in no manifest
+    missing: dict[str, RemoteFile]
+    keys: frozenset[str]  # of all files of the plan
+
+    @property
+    def needs(self) -> dict[str, int]:
+        """Ingest key → bytes to reserve."""
+        return {key: file.size for key, file in self.missing.items()}
+
+
+def make_plan(
+    resolved: Resolved,
+    listing: Iterable[RemoteFile],
+    *,
+    asked: str,
+    selection: Selection,
+    also: Iterable[str] = (),
+    alias: str | None = None,
+    pin: bool = False,
+    priority: Priority = Priority.DEMAND,
+) -> FillPlan:
+    """Choose the files of a listing and refuse what is unsafe, before a byte is fetched. `also` are paths an earlier fill of the entry has.
+
+    Raises `IntegrityError` (hostile-name, listing-conflict), `RequestError` (bad-request: nothing is left to fetch).
+    """
+    files = list(dict.fromkeys(listing))
+    if len(files) > MAX_FILES:
+        raise IntegrityError(Code.LISTING_CONFLICT, f"cannot plan {resolved.ref}: it lists more than {MAX_FILES} files")
+    wanted = chooses(selection, (file.path for file in files)) | set(also)
+    chosen = [file for file in files if file.path in wanted]
+    if not chosen:
+        raise RequestError(Code.BAD_REQUEST, f"cannot plan {resolved.ref}: of its {len(files)} files none is selected")
+    check_names(file.path for file in chosen)
+    for file in chosen:
+        if file.size < 0:
+            raise IntegrityError(Code.LISTING_CONFLICT, f"cannot plan {resolved.ref}: {file.path!r} has size {file.size}")
+    return FillPlan(
+        ref=resolved.ref,
+        asked=asked,
+        endpoint=resolved.endpoint,
+        files=tuple(chosen),
+        selection=selection,
+        left_out=tuple(LeftOut(file.path, file.size) for file in files if file.path not in wanted),
+        names=(resolved.name,) if resolved.name else (),
+        alias=alias,
+        pin=pin,
+        priority=priority,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Fill:
+    """One fill under way; `large` is how many files share the lanes, `done` collects the finished files by path."""
+
+    job: Job
+    plan: FillPlan
+    promise: Promise
+    large: int
+    done: dict[str, File]
+    stored: Mapping[str, File]  # what the entry had before, by path
+
+    def expected(self, file: RemoteFile) -> str | None:
+        """The SHA-256 the file must have: as published, else as it was when the same bytes were stored before."""
+        before = self.stored.get(file.path)
+        return file.sha256 or (before.sha256 if before else None)
+
+
+class Fetcher:
+    """Carries out fill plans."""
+
+    def __init__(self, context: Context) -> None:
+        self._do = context
+
+    async def here(self, plan: FillPlan) -> Here:
+        """Look each file of the plan up: by published digest, by an earlier try's receipt, by blob."""
+        return await self._do.disk.call(self._here, plan)
+
+    def _here(self, plan: FillPlan) -> Here:
+        found = Here({}, {}, {}, frozenset(ingest_key(file.token, file.size) for file in plan.files))
+        for file in plan.files:
+            done = self._finished(plan.ref, file)
+            if done is not None:
+                found.files[file.path] = done
+            elif file.sha256 is not None and self._do.blobs.has(file.sha256, file.size):
+                found.adopt[file.path] = file
+            else:
+                found.missing.setdefault(ingest_key(file.token, file.size), file)
+        return found
+
+    def _finished(self, ref: Ref, file: RemoteFile) -> File | None:
+        known = self._do.shelf.known(file)
+        if known is not None and known.size == file.size and self._do.blobs.has(known.sha256, known.size):
+            return _file(ref, file, known.sha256, known.chunks)
+        done = read_receipt(self._do.layout, ingest_key(file.token, file.size))
+        if done is not None and self._do.blobs.has(done.sha256, file.size):
+            return _file(ref, file, done.sha256, done.chunks)
+        return None
+
+    async def fill(self, job: Job, plan: FillPlan) -> Entry:
+        """Carry out `plan`; the caller holds the entry's lock. On success the plan is gone and the entry ready.
+
+        On failure the plan stays where a later try may help, and everything is given back where the disk ran full.
+        """
+        job.move(JobState.FETCHING)
+        job.tally = Tally()  # a repair counted what it verified before
+        job.tally.expect(len(plan.files), plan.size)
+        here = await self.here(plan)
+        try:
+            with await self._do.ledger.admit(str(plan.ref), here.needs, here.keys) as promise:
+                await self._do.disk.call(self._do.catalog.write_plan, plan)
+                files = await self._gather(job, plan, here, promise)
+                job.move(JobState.VERIFYING)
+                warnings = await self._check_weights(plan, files)
+                entry = await self._do.disk.call(self._publish, plan, files, warnings, job)
+        except NvcacheError as error:
+            if error.code is Code.DISK_FULL:
+                await self._do.disk.call(self._give_back, plan)
+            elif not error.retryable:
+                await self._do.disk.call(self._do.catalog.remove_plan, plan.id)  # what was fetched stays until the room is needed
+            raise
+        self._adopt_entry(entry)
+        await self._do.ledger.measure()
+        return entry
+
+    def _give_back(self, plan: FillPlan) -> None:
+        """Drop a plan and what was fetched for it alone: somebody else needs the disk more."""
+        self._do.catalog.remove_plan(plan.id)
+        wanted = {ingest_key(file.token, file.size) for other in self._do.catalog.plans().values() for file in other.files}
+        for file in plan.files:
+            key = ingest_key(file.token, file.size)
+            if key not in wanted:
+                done = read_receipt(self._do.layout, key)
+                discard(self._do.layout, key)
+                drop_receipt(self._do.layout, key)
+                if done is not None:
+                    self._do.blobs.remove_if_unreferenced(done.sha256, grace=0)
+
+    async def _gather(self, job: Job, plan: FillPlan, here: Here, promise: Promise) -> dict[str, File]:
+        """Every file of the plan, fetched or found. Small files first, so that a broken index is seen before the shards are fetched."""
+        for path, reused in here.files.items():
+            job.tally.finished(path, reused.size, 0)
+            self._do.counters.reused_bytes += reused.size
+        done = dict(here.files)
+        copies: dict[str, list[RemoteFile]] = {}
+        for file in plan.files:
+            if file.path not in here.files and file.path not in here.adopt:
+                copies.setdefault(ingest_key(file.token, file.size), []).append(file)
+        weights = {key: file for key, file in here.missing.items() if is_safetensors(file.path)}
+        others = {key: file for key, file in here.missing.items() if key not in weights}
+        old = self._do.shelf.entries.get(plan.id)
+        fill = _Fill(job, plan, promise, sum(file.size >= LARGE for file in here.missing.values()), done, old.manifest.by_path if old else {})
+        try:
+            async with asyncio.TaskGroup() as group:
+                for file in here.adopt.values():
+                    group.create_task(self._adopt(fill, file))
+                for key in others:
+                    group.create_task(self._make(fill, key, copies[key]))
+            await self._check_weights(plan, done)
+            async with asyncio.TaskGroup() as group:
+                for key in weights:
+                    group.create_task(self._make(fill, key, copies[key]))
+        except BaseExceptionGroup as group_error:
+            raise _first(group_error) from group_error
+        return done
+
+    async def _adopt(self, fill: _Fill, file: RemoteFile) -> None:
+        """Take a blob that is here but in no manifest; when its bytes went bad it is removed and fetched."""
+        sha256 = file.sha256 or ""
+        try:
+            result = await self._do.workers.run(
+                AdoptTask(sha256, file.size),
+                priority=fill.plan.priority,
+                progress=lambda stored, _: fill.job.tally.running(file.path, stored, 0),
+            )
+        except IntegrityError:
+            await self._do.disk.call(self._do.blobs.remove_if_unreferenced, sha256, grace=0)
+            key = ingest_key(file.token, file.size)
+            with await self._do.ledger.admit(str(fill.plan.ref), {key: file.size}, {key}):
+                await self._make(fill, key, [file])
+            return
+        fill.done[file.path] = _file(fill.plan.ref, file, sha256, base64.b64decode(result["chunks"]))
+        fill.job.tally.finished(file.path, file.size, 0)
+        self._do.counters.reused_bytes += file.size
+
+    async def _make(self, fill: _Fill, key: str, copies: list[RemoteFile]) -> None:
+        """Fetch one blob and note it for every path that has this content. Another fill of the same content is waited for and shared."""
+        first = copies[0]
+        async with self._do.key_locks(key):
+            found = await self._do.disk.call(self._finished, fill.plan.ref, first)
+            if found is not None:
+                sha256, chunks, fetched = found.sha256, found.chunks, 0
+                self._do.counters.reused_bytes += first.size
+            else:
+                sha256, chunks, fetched = await self._fetch(fill, key, first)
+        for file in copies:
+            fill.done[file.path] = _file(fill.plan.ref, file, sha256, chunks)
+        fill.job.tally.finished(key, first.size, fetched, len(copies))
+        fill.promise.settle(key)
+        fill.job.changed(fill.job)
+
+    async def _fetch(self, fill: _Fill, key: str, file: RemoteFile) -> tuple[str, bytes, int]:
+        def progress(stored: int, fetched: int) -> None:
+            fill.job.tally.running(key, stored, fetched)
+            fill.job.changed(fill.job)
+
+        for attempt in range(1, TRIES + 1):
+            try:
+                task = await self._task(fill, key, file)
+                result = await self._do.workers.run(task, priority=fill.plan.priority, progress=progress)
+            except NvcacheError as error:
+                self._do.counters.fetched_bytes += fill.job.tally.dropped(key)
+                if error.code is Code.DIGEST_MISMATCH:
+                    self._do.counters.verify_failures += 1
+                last = 2 if isinstance(error, IntegrityError) else TRIES
+                if error.code not in TRY_AGAIN or attempt >= last:
+                    raise
+                self._do.counters.retries += 1
+                log.warning("trying %s again: %s", file.path, error, extra={"facts": {"code": error.code}})
+            else:
+                self._do.counters.fetched_bytes += result["fetched"]
+                return result["sha256"], base64.b64decode(result["chunks"]), result["fetched"]
+        raise AssertionError("unreachable")
+
+    async def _task(self, fill: _Fill, key: str, file: RemoteFile) -> FetchTask:
+        plan = fill.plan
+        resolved = Resolved(plan.ref, next(iter(plan.names), None), plan.endpoint)
+        remote = await self._do.net.call(self._do.sources[plan.ref.scheme].locate, resolved, file)
+        return FetchTask(
+            key=key,
+            size=file.size,
+            name=file.path,
+            lanes=self._do.workers.lanes_for(fill.large) if file.size >= LARGE else 1,
+            remote=remote_to_dict(remote),
+            sha256=fill.expected(file),
+            git_sha1=file.digest.hex if file.digest and file.digest.algorithm is Algorithm.GIT_SHA1 else None,
+        )
+
+    async def _check_weights(self, plan: FillPlan, done: Mapping[str, File]) -> tuple[str, ...]:
+        """Have the safetensors headers and indexes among `done` judged; a file that is not here yet only counts as being listed."""
+        judged = {file.path: ("", file.size) for file in plan.files} | {file.path: ("", file.size) for file in plan.left_out}
+        judged |= {path: (str(self._do.layout.blob(file.sha256)), file.size) for path, file in done.items()}
+        if not any(blob and (is_safetensors(path) or is_index(path)) for path, (blob, _) in judged.items()):
+            return ()
+        return tuple((await self._do.workers.run(WeightsTask(judged), priority=plan.priority))["warnings"])
+
+    def _publish(self, plan: FillPlan, files: Mapping[str, File], warnings: tuple[str, ...], job: Job) -> Entry:
+        """Views, state, manifest, in that order; then the plan and its receipts go."""
+        old = self._do.shelf.entries.get(plan.id)
+        kept = old.state if old else EntryState()
+        names = tuple(dict.fromkeys((*kept.names, *plan.names)))
+        state = replace(
+            kept,
+            pin=kept.pin or plan.pin,
+            alias=plan.alias or kept.alias,
+            names=names,
+            resolved_at=clock.unix(),
+            fill_bytes=job.tally.fetched,
+            fill_seconds=clock.monotonic() - job.began,
+        )
+        manifest = Manifest(
+            ref=plan.ref,
+            asked=plan.asked,
+            endpoint=plan.endpoint,
+            files=tuple(_as_before(files[file.path], old) for file in plan.files),
+            verified_at=clock.stamp(),
+            version=self._do.version,
+            selection=plan.selection,
+            left_out=plan.left_out,
+            warnings=warnings,
+            parsed=any(is_safetensors(path) for path in files),
+        )
+        self._do.views.publish(manifest, hub_id=hub_id(plan.ref, state.alias), names=names)
+        self._do.catalog.write_state(plan.id, state)
+        self._do.catalog.write_manifest(manifest)
+        self._do.catalog.remove_plan(plan.id)
+        for file in plan.files:
+            drop_receipt(self._do.layout, ingest_key(file.token, file.size))
+        return Entry(manifest, state)
+
+    def _adopt_entry(self, entry: Entry) -> None:
+        self._do.shelf.put(entry)
+        for name in entry.state.names:
+            self._do.shelf.resolved(entry.id.slug, name, entry.id)
+        self._do.changed(entry.id)
+
+
+def _file(ref: Ref, file: RemoteFile, sha256: str, chunks: bytes) -> File:
+    return File(file.path, file.size, sha256, _check(ref.scheme, file.digest), file.digest, chunks)
+
+
+def _as_before(file: File, old: Entry | None) -> File:
+    """A file the entry already had keeps what it was once checked against; a repair knows more than its source publishes."""
+    before = old.manifest.by_path.get(file.path) if old else None
+    return before if before is not None and before.sha256 == file.sha256 else file
+
+
+def _check(scheme: Scheme, digest: Digest | None) -> Check:
+    if digest is None:
+        return Check.FIRST_USE
+    match digest.algorithm:
+        case Algorithm.GIT_SHA1:
+            return Check.GIT_SHA1
+        case Algorithm.MD5:
+            return Check.CONTENT_MD5
+        case Algorithm.SHA256:
+            return Check.LFS_SHA256 if scheme is Scheme.HF else Check.MANIFEST_SHA256
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that made the others stop: a TaskGroup cancels its siblings, so the first leaf is the cause."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

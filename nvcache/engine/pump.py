@@ -1,0 +1,181 @@
+"""Moves one file from a source into an ingest: lanes fetch chunks, write them, and hash them in order. It commits nothing and retries nothing.
+
+Each lane is a thread with one reader and one page-aligned buffer of a chunk. A lane claims the lowest missing chunk, receives it into its buffer,
+takes the XXH3-64, writes it (O_DIRECT), records it, and then lingers for about as long as the chunk took until the SHA-256 frontier reaches it, so
+that the frontier is fed from memory. A chunk whose lane left before that is read back from the disk and compared with its XXH3-64. Nothing piles up:
+memory is lanes x chunk whatever the size of the file. The same read-back rebuilds the SHA-256 state when an ingest is resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import xxhash
+
+from nvcache.core.digest import git_blob_header
+from nvcache.errors import Code, Interrupted, NvcacheError
+from nvcache.sources.base import Reader, ReaderFactory
+from nvcache.store.files import aligned_buffer
+from nvcache.store.ingest import Ingest
+
+LINGER_MIN, LINGER_MAX = 0.05, 2.0  # seconds a lane waits for the frontier before it lets go of its buffer
+BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Pumped:
+    """What came out: digests in hex, one XXH3-64 per chunk packed little endian, and the bytes that crossed the network."""
+
+    sha256: str
+    git_sha1: str | None
+    chunks: bytes
+    fetched: int
+
+
+class Pump:
+    """Fills `ingest` from `readers` with `lanes` threads. `progress(stored, fetched)`, in bytes, is called after every chunk, from any lane.
+
+    `git` asks for git's SHA-1 as well; it costs as much as the SHA-256.
+    """
+
+    def __init__(self, ingest: Ingest, readers: ReaderFactory, lanes: int, progress: Callable[[int, int], None], *, git: bool = False) -> None:
+        self._ingest = ingest
+        self._readers = readers
+        self._lanes = max(1, min(lanes, ingest.count))
+        self._progress = progress
+        self._changed = threading.Condition()
+        self._stored = ingest.recorded()
+        self._missing = [index for index in range(ingest.count) if index not in self._stored]
+        self._lingering: set[int] = set()
+        self._frontier = 0
+        self._hashing = False
+        self._stopped = False
+        self._open: set[Reader] = set()
+        self._fetched = 0
+        self._stored_bytes = sum(self._length(index) for index in self._stored)
+        self._sha256 = hashlib.sha256()
+        self._git_sha1 = hashlib.sha1(git_blob_header(ingest.size), usedforsecurity=False) if git else None
+
+    def run(self) -> Pumped:
+        """Fetch what is missing and hash everything. Blocks; raises the first lane's error after the others have stopped."""
+        with ThreadPoolExecutor(self._lanes, thread_name_prefix="lane") as threads:
+            lanes = [threads.submit(self._lane) for _ in range(self._lanes)]
+            done, _ = wait(lanes, return_when=FIRST_EXCEPTION)
+            failed = [error for lane in done if (error := lane.exception()) is not None]
+            if failed:
+                self.stop()
+        if failed:
+            raise next((error for error in failed if not isinstance(error, Interrupted)), failed[0])
+        if self._frontier < self._ingest.count:
+            raise Interrupted(Code.CANCELLED, "cannot finish the file: the fetch was cancelled")
+        chunks = b"".join(self._stored[index].to_bytes(8, "little") for index in range(self._ingest.count))
+        return Pumped(self._sha256.hexdigest(), self._git_sha1.hexdigest() if self._git_sha1 else None, chunks, self._fetched)
+
+    def stop(self) -> None:
+        """Make every lane stop promptly, also one whose source is stalled. Any thread may call it."""
+        with self._changed:
+            self._stopped = True
+            readers = list(self._open)
+            self._changed.notify_all()
+        for reader in readers:
+            reader.abort()
+
+    def _lane(self) -> None:
+        size = min(self._ingest.chunk_size, max(self._ingest.size, 1))
+        with aligned_buffer(-(-size // BLOCK) * BLOCK) as memory, memoryview(memory) as buffer:
+            reader: Reader | None = None
+            try:
+                while (claim := self._claim()) is not None:
+                    index, stored = claim
+                    if stored:
+                        self._hash_from_disk(index, buffer)
+                        continue
+                    if reader is None:
+                        reader = self._admit(self._readers())
+                    self._fetch(reader, index, buffer)
+            except NvcacheError:
+                self.stop()
+                raise
+            finally:
+                if reader is not None:
+                    with self._changed:
+                        self._open.discard(reader)
+                    reader.close()
+
+    def _admit(self, reader: Reader) -> Reader:
+        with self._changed:
+            self._open.add(reader)
+            stopped = self._stopped
+        if stopped:
+            reader.abort()
+        return reader
+
+    def _claim(self) -> tuple[int, bool] | None:
+        """The next piece of work: (chunk, whether it is on the disk and only wants hashing). None when there is nothing left to do."""
+        with self._changed:
+            while not self._stopped and self._frontier < self._ingest.count:
+                if self._frontier in self._stored and self._frontier not in self._lingering and not self._hashing:
+                    self._hashing = True
+                    return self._frontier, True
+                if self._missing:
+                    return heapq.heappop(self._missing), False
+                self._changed.wait()  # bounded: every other lane's work is, and each ends in notify_all
+            return None
+
+    def _fetch(self, reader: Reader, index: int, buffer: memoryview) -> None:
+        length = self._length(index)
+        began = time.monotonic()
+        with buffer[:length] as view:
+            reader.read(index * self._ingest.chunk_size, view)
+            digest = xxhash.xxh3_64_intdigest(view)
+            took = time.monotonic() - began
+            self._ingest.write(index, buffer, length, digest)
+            if self._reaches_frontier(index, digest, length, min(LINGER_MAX, max(LINGER_MIN, took))):
+                self._hash(view)
+
+    def _reaches_frontier(self, index: int, digest: int, length: int, linger: float) -> bool:
+        """Mark `index` stored and wait up to `linger` seconds for the frontier; True makes this lane the one that hashes."""
+        with self._changed:
+            self._stored[index] = digest
+            self._fetched += length
+            self._stored_bytes += length
+            self._progress(self._stored_bytes, self._fetched)
+            self._lingering.add(index)
+            self._changed.wait_for(lambda: self._stopped or (self._frontier == index and not self._hashing), linger)
+            self._lingering.discard(index)
+            mine = self._frontier == index and not self._hashing and not self._stopped
+            self._hashing = self._hashing or mine
+            self._changed.notify_all()
+            return mine
+
+    def _hash_from_disk(self, index: int, buffer: memoryview) -> None:
+        with self._ingest.read(index, buffer) as view:
+            if xxhash.xxh3_64_intdigest(view) == self._stored[index]:
+                self._hash(view)
+                return
+        self._ingest.forget(index)
+        with self._changed:
+            del self._stored[index]
+            self._stored_bytes -= self._length(index)
+            heapq.heappush(self._missing, index)
+            self._hashing = False
+            self._changed.notify_all()
+
+    def _hash(self, view: memoryview) -> None:
+        """Feed the frontier. Only the lane that set `_hashing` is here, so the hash states need no lock; both updates release the GIL."""
+        self._sha256.update(view)
+        if self._git_sha1:
+            self._git_sha1.update(view)
+        with self._changed:
+            self._frontier += 1
+            self._hashing = False
+            self._changed.notify_all()
+
+    def _length(self, index: int) -> int:
+        return min(self._ingest.chunk_size, self._ingest.size - index * self._ingest.chunk_size)

@@ -1,0 +1,225 @@
+"""A local directory as a source: lists its files and reads them back, provided that they stay as they were listed. It copies and changes nothing.
+
+Regular files are taken, symbolic links followed (a HuggingFace snapshot consists of them). Names that begin with a dot (`.git/`, `.cache/`,
+`.gitattributes`) are left out. A `SHA256SUMS` file at the top, in the format of sha256sum, gives digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from nvcache.core.digest import Algorithm, Digest
+from nvcache.core.plan import RemoteFile
+from nvcache.core.ref import Ref
+from nvcache.errors import Code, Interrupted, SourceError
+from nvcache.sources.base import FileRemote, Reader, ReaderFactory, Resolved
+
+SUMS = "SHA256SUMS"
+SUMS_LIMIT = 64 * 2**20
+MAX_FILES = 100_000
+MAX_FOLDERS = 5_000  # links to folders can multiply them without end
+PIECE = 4 * 2**20  # bytes per read, so that an abort is heeded soon
+_log = logging.getLogger(__name__)
+_SUM_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
+
+
+class Directory:
+    """A `Source` for file:///dir. The revision is the SHA-256 of the sorted (path, size, token) list, so that it names exactly those bytes."""
+
+    def resolve(self, ref: Ref) -> Resolved:
+        """The revision of the directory as it is now. Raises `SourceError` (revision-not-found) if `ref` is pinned to another."""
+        revision = _revision(_listing(ref))
+        if ref.revision not in (None, revision):
+            raise SourceError(
+                Code.REVISION_NOT_FOUND,
+                f"cannot resolve {ref}: the directory has changed, it is at revision {revision} now",
+                hint="ask again without a revision, or bring the files back as they were (sizes and times too)",
+            )
+        return Resolved(ref.at(revision), None, ref.base)
+
+    def list(self, resolved: Resolved) -> tuple[RemoteFile, ...]:
+        """The files, by path. Raises `SourceError` (source-changed) if they are not those of the revision any more."""
+        files = _listing(resolved.ref)
+        if _revision(files) != resolved.ref.revision:
+            raise SourceError(Code.SOURCE_CHANGED, f"cannot list {resolved.ref}: the directory has changed since it was resolved")
+        return files
+
+    def refuse(self, resolved: Resolved, file: RemoteFile) -> None:
+        """Nothing is refused that was listed."""
+
+    def locate(self, resolved: Resolved, file: RemoteFile) -> FileRemote:
+        """The path of `file`; nothing is looked up."""
+        return FileRemote(f"{resolved.ref.location}/{file.path}", file.size, file.token, file.path)
+
+
+def file_readers(remote: FileRemote) -> ReaderFactory:
+    """Readers of one local file."""
+
+    def make() -> Reader:
+        return FileReader(remote)
+
+    return make
+
+
+class FileReader:
+    """A `Reader` of a local file, opened at the first read. What it reads is not left in the page cache."""
+
+    def __init__(self, remote: FileRemote) -> None:
+        self._remote = remote
+        self._aborted = threading.Event()
+        self._fd = -1
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fill `into` from `offset`. The file is compared with its listing when it is opened and after every read.
+
+        Raises `SourceError`: source-changed, file-not-found, source-forbidden, source-failed (the disk); `Interrupted`.
+        """
+        try:
+            if self._fd < 0:
+                self._fd = os.open(self._remote.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in the file's place must not block
+                self._check()
+            at = 0
+            while at < len(into):
+                if self._aborted.is_set():
+                    raise Interrupted(Code.CANCELLED, f"cannot read {self._remote.name}: cancelled")
+                got = os.preadv(self._fd, [into[at : at + PIECE]], offset + at)
+                if got == 0:
+                    raise self._changed("it is shorter than listed")
+                at += got
+            os.posix_fadvise(self._fd, offset, len(into), os.POSIX_FADV_DONTNEED)
+            self._check()
+        except OSError as error:
+            raise _failure(error, f"read {self._remote.path}") from error
+
+    def abort(self) -> None:
+        """Make reads raise `Interrupted`, a running one after its current piece."""
+        self._aborted.set()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _check(self) -> None:
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != self._remote.size or _token(found) != self._remote.token:
+            raise self._changed("its size, time or inode is another")
+
+    def _changed(self, why: str) -> SourceError:
+        return SourceError(Code.SOURCE_CHANGED, f"cannot read {self._remote.path}: it changed after it was listed: {why}")
+
+
+def _listing(ref: Ref) -> tuple[RemoteFile, ...]:
+    """Every file with its digest, if there is one, sorted by path."""
+    root = Path(ref.location)
+    doing = f"list {ref.base}"
+    try:
+        if not stat.S_ISDIR(root.stat().st_mode):
+            raise SourceError(Code.REPOSITORY_NOT_FOUND, f"cannot {doing}: it is not a directory", hint="name the directory that holds the files")
+        sums = _sums(root, doing)
+        found = sorted(_walk(root, doing))
+    except OSError as error:
+        raise _failure(error, doing) from error
+    listed = tuple(RemoteFile(path, facts.st_size, _token(facts), sums.get(path)) for path, facts in found)
+    missing = sorted(path for path in sums.keys() - {file.path for file in listed} if not path.startswith(".") and "/." not in path)
+    if missing:
+        raise SourceError(Code.FILE_NOT_FOUND, f"cannot {doing}: {SUMS} names {missing[0]!r}, which is not there", hint=f"correct or remove {SUMS}")
+    return listed
+
+
+def _walk(root: Path, doing: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Path below the root and stat of every file. A link to a folder that it is in is left out, and so are sockets, pipes and devices."""
+    folders: list[tuple[Path, str, frozenset[tuple[int, int]]]] = [(root, "", frozenset())]
+    visited = files = 0
+    while folders:
+        folder, prefix, above = folders.pop()
+        here = folder.stat()
+        identity = (here.st_dev, here.st_ino)
+        if identity in above:
+            _log.info("left out of %s: %s leads back to a folder that it is in", root, prefix)
+            continue
+        visited += 1
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if visited > MAX_FOLDERS or files >= MAX_FILES:
+                    why = f"it has more than {MAX_FILES:,} files or {MAX_FOLDERS:,} folders"
+                    raise SourceError(Code.SOURCE_PROTOCOL, f"cannot {doing}: {why}", retryable=False)
+                facts = _stat(entry, prefix, doing)
+                if stat.S_ISDIR(facts.st_mode):
+                    folders.append((Path(entry.path).resolve(), f"{prefix}{entry.name}/", above | {identity}))
+                elif stat.S_ISREG(facts.st_mode):
+                    files += 1
+                    yield f"{prefix}{entry.name}", facts
+                else:
+                    _log.info("left out of %s: %s%s is neither a file nor a folder", root, prefix, entry.name)
+
+
+def _stat(entry: os.DirEntry[str], prefix: str, doing: str) -> os.stat_result:
+    """What `entry`, or what it links to, is. A model that lacks a file must not pass for a whole one, so a dangling link is an error."""
+    try:
+        return entry.stat()
+    except FileNotFoundError:
+        what = f"{prefix}{entry.name} is a dangling link, or was removed just now"
+        raise SourceError(Code.FILE_NOT_FOUND, f"cannot {doing}: {what}", hint="complete the directory, or remove the link") from None
+
+
+def _sums(root: Path, doing: str) -> dict[str, Digest]:
+    """The digests in `SHA256SUMS`, by path; none if there is no such file (coreutils manual, "cksum output modes")."""
+    path = root / SUMS
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > SUMS_LIMIT:
+        raise SourceError(Code.SOURCE_PROTOCOL, f"cannot {doing}: {SUMS} is longer than {SUMS_LIMIT >> 20} MiB", retryable=False)
+    sums: dict[str, Digest] = {}
+    for number, line in enumerate(path.read_bytes().decode("utf-8", "surrogateescape").splitlines(), 1):
+        if not line or line.startswith("#"):
+            continue
+        parts = _SUM_LINE.fullmatch(line)
+        if parts is None or parts[1]:  # a leading backslash: an escaped name, which is refused as hostile anyway
+            raise SourceError(
+                Code.SOURCE_PROTOCOL,
+                f"cannot {doing}: line {number} of {SUMS} is not '<64 hex digits>  <path>'",
+                hint=f"write it with: sha256sum FILE… > {SUMS}",
+                retryable=False,
+            )
+        sums[parts[3].removeprefix("./")] = Digest(Algorithm.SHA256, parts[2].lower())
+    return sums
+
+
+def _token(facts: os.stat_result) -> str:
+    """What changes when a file's content does, short of deliberate forgery."""
+    return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
+
+
+def _revision(files: tuple[RemoteFile, ...]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.path}\0{file.size}\0{file.token}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _failure(error: OSError, doing: str) -> SourceError:
+    """An error of the file system, which names the path it is about."""
+    why = f"{error.filename}: {error.strerror}" if error.filename and str(error.filename) not in doing else error.strerror
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            code = Code.REPOSITORY_NOT_FOUND if doing.startswith("list") else Code.FILE_NOT_FOUND
+        case PermissionError():
+            code = Code.SOURCE_FORBIDDEN
+        case _:
+            code = Code.SOURCE_FAILED
+    hints = {
+        Code.REPOSITORY_NOT_FOUND: "the directory must exist on the node, where the daemon runs",
+        Code.SOURCE_FORBIDDEN: "the daemon's user must be able to read it",
+    }
+    return SourceError(code, f"cannot {doing}: {why}", hint=hints.get(code))

@@ -1,0 +1,342 @@
+"""The two views of an entry, as hard links to its blobs: a flat directory and a HuggingFace cache tree. It writes no manifest and reads no blob.
+
+A view appears whole: it is built in tmp/ and renamed. One that is there already only gets links added or replaced, one atomic step each: a reader
+never finds fewer files than before, and an index appears after the shards it names. In the HuggingFace tree the snapshot comes first, then the
+listing in `trees/`, then the refs: readers follow them in the opposite order. Removal goes backwards. The layout is huggingface_hub's (2.4:
+`_tree_cache.py`, `_snapshot_download.py`), which takes regular files for its symlinks into `blobs/`.
+
+Repository paths are walked by directory descriptor without following links; whatever stands where a directory should be is replaced by one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from nvcache.core.digest import git_blob_header
+from nvcache.core.manifest import Check, File, Manifest
+from nvcache.core.names import check_name
+from nvcache.store.blobs import Blobs
+from nvcache.store.files import disk_errors, durable_write, fsync_path
+from nvcache.store.layout import Layout
+
+TREE_FORMAT = 1
+INDEX = ".index.json"  # what ends the name of a file that names others
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+class Views:
+    """The views of one store. Publishing and withdrawing exclude each other; both may be repeated after a crash at any instant."""
+
+    def __init__(self, layout: Layout, blobs: Blobs) -> None:
+        """Over a store that `Root.open` made."""
+        self._layout = layout
+        self._blobs = blobs
+        self._lock = threading.Lock()
+
+    def publish(self, manifest: Manifest, *, hub_id: str | None, names: Iterable[str] = ()) -> None:
+        """Show the files of `manifest`, whose blobs are all there: flat, and as the Hub model `hub_id` if given, with `names` (branches …) as refs.
+
+        The manifest itself is written afterwards. Raises `IntegrityError` (degraded: a blob is missing; hostile-name), `RequestError` (bad `hub_id`),
+        `SpaceError`, `DiskError`.
+        """
+        wanted = list(names)
+        for name in wanted:
+            check_name(name)
+        repo = None if hub_id is None else self._layout.hub_repo(hub_id)
+        with self._lock, disk_errors(f"publish {manifest.id}"):
+            self._blobs.sync(manifest.blobs)
+            self._show(manifest, self._layout.view(manifest.id))
+            if repo is None:
+                return
+            commit = self.hub_commit(manifest)
+            self._show(manifest, repo / "snapshots" / commit)
+            self._write(repo / "trees" / f"{commit}.json", tree_listing(manifest))
+            for name in wanted:
+                self._write(repo / "refs" / name, commit.encode())
+
+    def withdraw(self, manifest: Manifest, *, hub_id: str | None) -> None:
+        """Hide the entry: its refs, its listing, its snapshot, its flat view. What was not there is no matter. Raises `DiskError`."""
+        entry = manifest.id
+        repo = None if hub_id is None else self._layout.hub_repo(hub_id)
+        with self._lock, disk_errors(f"withdraw {entry}"):
+            if repo is not None:
+                self._withdraw_snapshot(repo, self.hub_commit(manifest))
+            _drop_link(self._layout.view(entry).parent)
+            self._take_away(self._layout.view(entry))
+            _remove_if_empty(self._layout.view(entry).parent)
+
+    def names(self, hub_id: str) -> dict[str, str]:
+        """The refs of a model in the HuggingFace view: name → commit. Raises `DiskError`."""
+        with disk_errors(f"read the refs of {hub_id}"):
+            return _refs(self._layout.hub_repo(hub_id))
+
+    @staticmethod
+    def hub_commit(manifest: Manifest) -> str:
+        """The 40 hex digits that stand for the revision in a HuggingFace view: the commit, or the first 40 of a listing digest."""
+        return manifest.id.revision[:40]
+
+    def complete(self, manifest: Manifest, hub_id: str | None) -> bool:
+        """Whether every file is in every view with its size and the listing names exactly them. Bytes and refs are not looked at.
+
+        Raises `DiskError`.
+        """
+        with disk_errors(f"check the views of {manifest.id}"):
+            if not self._shown(manifest, self._layout.view(manifest.id)):
+                return False
+            if hub_id is None:
+                return True
+            repo, commit = self._layout.hub_repo(hub_id), self.hub_commit(manifest)
+            return self._shown(manifest, repo / "snapshots" / commit) and _read(repo / "trees" / f"{commit}.json") == tree_listing(manifest)
+
+    def prune(self, wanted: Iterable[tuple[Manifest, str | None]]) -> list[str]:
+        """Remove every view that none of `wanted` (manifest, Hub name) has: what a crash left between two steps. The answer names them for the log.
+
+        Raises `DiskError`.
+        """
+        flat: set[Path] = set()
+        hub: dict[Path, set[str]] = {}
+        for manifest, hub_id in wanted:
+            flat.add(self._layout.view(manifest.id))
+            if hub_id is not None:
+                hub.setdefault(self._layout.hub_repo(hub_id), set()).add(self.hub_commit(manifest))
+        removed: list[str] = []
+        with self._lock, disk_errors("remove views that no entry has"):
+            for model in _children(self._layout.models):
+                _drop_link(model)
+                for view in _children(model):
+                    if view not in flat:
+                        self._take_away(view)
+                        removed.append(f"{model.name}@{view.name}")
+                _remove_if_empty(model)
+            for repo in _children(self._layout.hub):
+                if repo.name.startswith("models--"):
+                    removed += self._prune_repo(repo, hub.get(repo, set()))
+        return removed
+
+    # -- showing
+
+    def _show(self, manifest: Manifest, target: Path) -> None:
+        """Make `target` have every file of `manifest`."""
+        with self._folder(target.parent) as parent:
+            if _is_directory(target.name, parent):
+                fd = os.open(target.name, _DIRECTORY, dir_fd=parent)
+                try:
+                    self._fill(fd, manifest)
+                finally:
+                    os.close(fd)
+                return
+            half = f"view-{secrets.token_hex(8)}"
+            with self._folder(self._layout.tmp) as tmp:
+                fd = _enter(tmp, half)
+                try:
+                    self._fill(fd, manifest)
+                    with suppress(FileNotFoundError):
+                        os.unlink(target.name, dir_fd=parent)  # no directory, so not ours
+                    os.rename(half, target.name, src_dir_fd=tmp, dst_dir_fd=parent)
+                    os.fsync(parent)
+                finally:
+                    os.close(fd)
+
+    def _shown(self, manifest: Manifest, target: Path) -> bool:
+        """Whether all files are below `target`, as regular files of their size."""
+        try:
+            with self._folder(target, make=False) as root:
+                for folder, children in _by_folder(manifest.files).items():
+                    with _descend(root, folder, make=False) as fd:
+                        for file in children:
+                            facts = os.stat(file.path.rpartition("/")[2], dir_fd=fd, follow_symlinks=False)
+                            if not stat.S_ISREG(facts.st_mode) or facts.st_size != file.size:
+                                return False
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def _fill(self, root: int, manifest: Manifest) -> None:
+        """Link every file below the open directory `root`, an index after all others, and sync the directories."""
+        indexes = [file for file in manifest.files if file.path.endswith(INDEX)]
+        others = [file for file in manifest.files if not file.path.endswith(INDEX)]
+        for files in (others, indexes):
+            for folder, children in _by_folder(files).items():
+                with _descend(root, folder) as fd:
+                    for file in children:
+                        self._blobs.link(file.sha256, file.path.rpartition("/")[2], dir_fd=fd)
+                    os.fsync(fd)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """A small file of the HuggingFace tree, only if it is not that already."""
+        with self._folder(path.parent) as folder:
+            if _is_directory(path.name, folder):  # a ref "a/b" was there before the ref "a"
+                self._take_away(path)
+        if path.is_symlink() or _read(path) != data:
+            durable_write(path, data, temp=self._layout.tmp)
+
+    @contextmanager
+    def _folder(self, path: Path, *, make: bool = True) -> Iterator[int]:
+        """A directory of the store, open; made, and its making synced, unless told otherwise."""
+        root = os.open(self._layout.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with _descend(root, str(path.relative_to(self._layout.root)), make=make, sync=True) as fd:
+                yield fd
+        finally:
+            os.close(root)
+
+    # -- hiding
+
+    def _withdraw_snapshot(self, repo: Path, commit: str) -> None:
+        for planted in (repo, repo / "refs", repo / "trees", repo / "snapshots"):
+            _drop_link(planted)
+        for name, target in _refs(repo).items():
+            if target == commit:
+                (repo / "refs" / name).unlink()
+                fsync_path((repo / "refs" / name).parent)
+        with suppress(FileNotFoundError):
+            (repo / "trees" / f"{commit}.json").unlink()
+            fsync_path(repo / "trees")
+        self._take_away(repo / "snapshots" / commit)
+        if repo.is_dir() and not _children(repo / "snapshots"):
+            self._take_away(repo)
+
+    def _prune_repo(self, repo: Path, commits: set[str]) -> list[str]:
+        if not commits:
+            self._take_away(repo)
+            return [repo.name]
+        found = {path.name for path in _children(repo / "snapshots")} | set(_refs(repo).values())
+        found |= {path.stem for path in _children(repo / "trees")}
+        for commit in found - commits:
+            self._withdraw_snapshot(repo, commit)
+        return [f"{repo.name}@{commit}" for commit in sorted(found - commits)]
+
+    def _take_away(self, path: Path) -> None:
+        """Make a directory vanish in one step, then remove it."""
+        aside = self._layout.tmp / f"gone-{secrets.token_hex(8)}"
+        try:
+            path.rename(aside)
+        except FileNotFoundError:
+            return
+        fsync_path(path.parent)
+        if aside.is_symlink() or not aside.is_dir():
+            aside.unlink()
+        else:
+            shutil.rmtree(aside)
+
+
+def tree_listing(manifest: Manifest) -> bytes:
+    """`trees/<commit>.json` as huggingface_hub reads it: path → size, git blob id, and for LFS files SHA-256 and size."""
+    files = {file.path: _tree_entry(file) for file in sorted(manifest.files, key=lambda file: file.path)}
+    return json.dumps({"format_version": TREE_FORMAT, "files": files}, indent=1).encode()
+
+
+def _tree_entry(file: File) -> dict[str, object]:
+    if file.check is Check.GIT_SHA1 and file.source is not None:
+        return {"size": file.size, "blob_id": file.source.hex}
+    # Git stores an LFS file as a pointer of this form (git-lfs, docs/spec.md), so its blob id follows from digest and size.
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{file.sha256}\nsize {file.size}\n".encode()
+    blob_id = hashlib.sha1(git_blob_header(len(pointer)) + pointer, usedforsecurity=False).hexdigest()
+    return {"size": file.size, "blob_id": blob_id, "lfs_sha256": file.sha256, "lfs_size": file.size}
+
+
+def _by_folder(files: Iterable[File]) -> Mapping[str, list[File]]:
+    """Folder → its files; every folder on the way is there, "" is the top."""
+    folders: dict[str, list[File]] = {"": []}
+    for file in files:
+        folder = file.path.rpartition("/")[0]
+        parts = folder.split("/") if folder else []
+        for depth in range(1, len(parts) + 1):
+            folders.setdefault("/".join(parts[:depth]), [])
+        folders[folder].append(file)
+    return folders
+
+
+@contextmanager
+def _descend(root: int, folder: str, *, make: bool = True, sync: bool = False) -> Iterator[int]:
+    """The directory `folder` ("a/b", or "") below the open directory `root`, following no link."""
+    fd = os.dup(root)
+    try:
+        for name in folder.split("/") if folder else ():
+            below = _enter(fd, name, sync=sync) if make else os.open(name, _DIRECTORY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _enter(parent: int, name: str, *, sync: bool = False) -> int:
+    """Open a directory in `parent`, made if it is not there, 0755 whatever the umask; anything else of that name is removed."""
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        os.unlink(name, dir_fd=parent)
+    os.mkdir(name, 0o755, dir_fd=parent)
+    fd = os.open(name, _DIRECTORY, dir_fd=parent)
+    try:
+        os.fchmod(fd, 0o755)
+        if sync:
+            os.fsync(parent)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_directory(name: str, parent: int) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _refs(repo: Path) -> dict[str, str]:
+    found = {}
+    for folder, _, files in os.walk(repo / "refs"):
+        for file in files:
+            path = Path(folder) / file
+            commit = (_read(path) or b"").decode("ascii", "replace")
+            if not path.is_symlink() and _COMMIT.fullmatch(commit):
+                found[str(path.relative_to(repo / "refs"))] = commit
+    return found
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _drop_link(path: Path) -> None:
+    """A symlink where a directory of ours should be is removed, lest what it points to be."""
+    if path.is_symlink():
+        path.unlink()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(FileNotFoundError):
+        try:
+            folder.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise

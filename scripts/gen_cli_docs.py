@@ -1,0 +1,119 @@
+"""Renders docs/cli.md from the command-line parser, like a man page. It runs no command and asks no daemon.
+
+`render()` is for `scripts/gen_docs.py`; run by itself it prints the page.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import click
+
+from nvcache.__main__ import PROGRAM, cli
+from nvcache.cli.exits import EXIT_OF, MEANING
+
+INTRO = """\
+# nvcache(1)
+
+<!-- Generated from the parser by scripts/gen_docs.py; edit the commands' help in nvcache/cli/ instead. -->
+
+`{name}` — {summary}
+
+stdout carries what was asked for and nothing else; progress, warnings and errors go to stderr. Errors read `nvcache: cannot …: why` with a `hint:`
+line below. `REF` is `hf://org/name[@revision]`, `org/name[@revision]`, `file:///absolute/dir`, or an entry as `nvcache ls` shows it.
+"""
+
+ENVIRONMENT = """\
+## Environment
+
+| variable | meaning |
+|---|---|
+| `NVCACHE_URL` | the daemon for all commands but `serve`: `unix:///path.sock` or `http://host:port` |
+| `NVCACHE_SOCKET` | the daemon's Unix socket, for `serve` and for the commands that ask it; `NVCACHE_URL` wins |
+| `NVCACHE_TOKEN_FILE` | file with the bearer token, where the daemon is asked over TCP |
+| `NVCACHE_CONFIG` | the TOML file of `serve` |
+| `NVCACHE_<SETTING>` | every setting of `serve`: `--max-bytes` is `NVCACHE_MAX_BYTES`; lists are separated by commas |
+| `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` | the Hub or a mirror of it, and its token; read by the daemon |
+| `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY`, `NO_PROXY` | proxies; read by the daemon |
+| `SSL_CERT_FILE` | certificates to trust instead of the system's; read by the daemon |
+
+A flag counts before `NVCACHE_*`, that before the TOML file, that before the variables shared with other tools, and those before the defaults.
+"""
+
+FILES = """\
+## Files
+
+| path | what |
+|---|---|
+| `/run/nvcache/nvcache.sock`, `admin.sock` | the sockets of a daemon run by root: for pods (0660) and for its operator (0600) |
+| `$XDG_RUNTIME_DIR/nvcache/nvcache.sock` | the socket of a daemon run by another user (`/tmp/nvcache-UID/…` where that is not set) |
+| `$XDG_CACHE_HOME/nvcache/store` | the store unless `NVCACHE_STORE` names another (`~/.cache/nvcache/store`) |
+"""
+
+EXAMPLES = """\
+## Examples
+
+```sh
+nvcache serve &                                       # a daemon of one's own, no root
+DIR=$(nvcache warm Qwen/Qwen3-0.6B)                   # wait until it is ready, keep its directory
+nvcache warm org/name@v1.2 --timeout 600 --json       # for scripts: one object, exit code by cause
+nvcache warm org/name --dry-run                       # what would be fetched, and does it fit
+vllm serve "$(nvcache path org/name)"                 # load what is there; exit 3 if it is not
+HF_HUB_CACHE=$(nvcache path --hub org/name) HF_HUB_OFFLINE=1 python app.py
+nvcache verify org/name                               # re-read, mend bad chunks
+eval "$(nvcache completion bash)"
+```
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    root = click.Context(cli, info_name=PROGRAM, terminal_width=100)
+    parts = [INTRO.format(name=PROGRAM, summary=cli.help or "").rstrip(), _synopsis(root), "## Options of every command", _options(cli, root)]
+    parts.append("## Commands")
+    for name in cli.list_commands(root):
+        command = cli.get_command(root, name)
+        if command is not None:
+            parts.extend(_command(command, click.Context(command, info_name=name, parent=root)))
+    parts += [_exits(), ENVIRONMENT.rstrip(), FILES.rstrip(), EXAMPLES.rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _synopsis(root: click.Context) -> str:
+    names = " | ".join(cli.list_commands(root))
+    return f"```\n{PROGRAM} [--url URL | --socket PATH] [--debug] COMMAND …\nCOMMAND: {names}\n```"
+
+
+def _command(command: click.Command, context: click.Context) -> Iterator[str]:
+    yield f"### {PROGRAM} {context.info_name}"
+    yield f"```\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```"
+    yield inspect.cleandoc(command.help or "")
+    options = _options(command, context)
+    if options:
+        yield options
+
+
+def _options(command: click.Command, context: click.Context) -> str:
+    shown = [param for param in command.get_params(context) if isinstance(param, click.Option) and "--help" not in param.opts]
+    rows = [record for param in shown if (record := param.get_help_record(context))]
+    if not rows:
+        return ""
+    return "\n".join(["| option | meaning |", "|---|---|", *(f"| `{_cell(flag)}` | {_cell(text)} |" for flag, text in rows)])
+
+
+def _exits() -> str:
+    lines = ["## Exit codes", "", "| code | meaning | error codes |", "|---|---|---|"]
+    for exit_, meaning in MEANING.items():
+        codes = ", ".join(f"`{code}`" for code, mapped in EXIT_OF.items() if mapped is exit_)
+        lines.append(f"| {int(exit_)} | {_cell(meaning)} | {codes} |")
+    lines += ["", "With several REFs the code is that of what most needs a person: bad bytes before a busy source, a busy source before a time-out."]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    print(render(), end="")

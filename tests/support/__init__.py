@@ -1,0 +1,1 @@
+"""Real servers that the tests and the demo talk to. Nothing of nvcache is imported here."""

@@ -1,0 +1,30 @@
+"""A throw-away certificate for the loopback servers, made by openssl. It is its own CA."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.support.hub import Tls
+
+
+def make_tls(directory: Path, *, names: str = "IP:127.0.0.1,IP:127.0.0.2,DNS:localhost") -> Tls:
+    """A new key and a certificate that names the servers; trust its `cert` file to talk to them."""
+    tls = Tls(directory / "cert.pem", directory / "key.pem")
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=nvcache test",
+    ]
+    command += ["-addext", f"subjectAltName={names}", "-keyout", str(tls.key), "-out", str(tls.cert)]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+    return tls

@@ -1,0 +1,189 @@
+"""doctor's checks on real directories and sockets, and what it makes of the daemon's answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from nvcache import __version__
+from nvcache.cli import checks
+from nvcache.cli.checks import Verdict
+from nvcache.settings import load
+
+
+@pytest.fixture
+def open_dir(tmp_path):
+    """A directory whose parents other users can pass."""
+    for step in (tmp_path, *tmp_path.parents):
+        if step.stat().st_uid == os.geteuid() and step != Path("/"):
+            step.chmod(step.stat().st_mode | 0o111)
+    return tmp_path
+
+
+@pytest.fixture
+def hub_answer():
+    """A Hub that answers one status, with its Date `skew` seconds off."""
+    servers = []
+
+    def start(status=200, date=None):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response_only(status)
+                self.send_header("Date", date or self.date_time_string())
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_args):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+def by_check(findings):
+    return {finding.check: finding for finding in findings}
+
+
+def settings_for(endpoint, tmp_path):
+    return load(environ={"HF_ENDPOINT": endpoint, "HOME": str(tmp_path)})
+
+
+def test_a_good_store(open_dir):
+    found = by_check(checks.store(open_dir))
+    assert found["store"].verdict is Verdict.OK
+    assert found["hard links"].verdict is Verdict.OK
+    assert found["readable by pods"].verdict is Verdict.OK
+    assert found["file system"].detail
+    assert list(open_dir.iterdir()) == []
+
+
+def test_a_store_that_is_not_there_yet_is_fine_where_it_can_be_made(open_dir):
+    found = by_check(checks.store(open_dir / "a" / "b"))
+    assert found["store"].verdict is Verdict.OK
+    assert "does not exist yet" in found["store"].detail
+    assert list(open_dir.iterdir()) == []
+
+
+def test_a_store_that_is_a_file_fails(tmp_path):
+    (tmp_path / "file").write_text("")
+    (only,) = checks.store(tmp_path / "file")
+    assert only.verdict is Verdict.FAIL
+
+
+def test_a_closed_parent_is_named_with_its_remedy(open_dir):
+    closed = open_dir / "closed"
+    (closed / "store").mkdir(parents=True)
+    closed.chmod(0o700)
+    found = by_check(checks.store(closed / "store"))["readable by pods"]
+    assert found.verdict is Verdict.WARN
+    assert str(closed) in found.detail
+    assert f"chmod o+x {closed}" in found.remedy
+
+
+def test_proc_is_no_local_disk():
+    assert checks.file_system_of(Path("/proc")) == "proc"
+
+
+def test_sockets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # socket paths are short
+    assert checks.socket(Path("none.sock")).verdict is Verdict.WARN
+    Path("file.sock").write_text("")
+    assert checks.socket(Path("file.sock")).verdict is Verdict.FAIL
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("s.sock")
+        Path("s.sock").chmod(0o660)
+        assert checks.socket(Path("s.sock")).verdict is Verdict.OK
+        Path("s.sock").chmod(0o666)
+        assert "everybody" in checks.socket(Path("s.sock")).detail
+
+
+@pytest.mark.parametrize("status", [200, 401, 404])
+def test_any_answer_means_that_the_hub_is_there(hub_answer, tmp_path, status):
+    found = by_check(checks.hub(settings_for(hub_answer(status), tmp_path), None, {}))
+    assert found["hub"].verdict is Verdict.OK
+    assert found["clock"].verdict is Verdict.OK
+    assert found["hub token"].detail.startswith("none")
+
+
+def test_a_clock_that_is_off_is_told(hub_answer, tmp_path):
+    found = by_check(checks.hub(settings_for(hub_answer(200, "Wed, 01 Jan 2020 00:00:00 GMT"), tmp_path), None, {}))["clock"]
+    assert found.verdict is Verdict.WARN
+    assert "ahead of" in found.detail
+
+
+def test_a_hub_that_is_not_there_or_silent_is_a_warning_in_bounded_time(tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+        found = by_check(checks.hub(settings_for(endpoint, tmp_path), "hf_secret", {}))
+        assert found["hub"].verdict is Verdict.WARN
+        assert "secret" not in str(found)
+        monkeypatch.setattr(checks, "HUB_WAIT", 0.1)
+        free.listen()
+        found = by_check(checks.hub(settings_for(endpoint, tmp_path), None, {}))
+        assert found["hub"].verdict is Verdict.WARN
+
+
+def test_proxies_are_named_without_their_passwords():
+    found = checks.proxy({"https": "http://user:secret@proxy.example:3128", "http": "plain.example:80", "no": "localhost"})
+    assert found.detail == "https via proxy.example, http via plain.example with exceptions (NO_PROXY)"
+    assert checks.proxy({}).detail == "none"
+
+
+@pytest.fixture
+def quiet_machine(monkeypatch, tmp_path, hub_answer):
+    """An environment in which nothing but the daemon decides."""
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", hub_answer())
+    monkeypatch.setenv("NVCACHE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_doctor_is_content_with_a_daemon_of_its_own_version(stub, run, quiet_machine, tmp_path):
+    stub.answer("GET /version", {"version": __version__, "api": "v1"})
+    stub.answer("GET /readyz", {"ready": True, "problems": []})
+    stub.answer("GET /v1/stripe", {"path": str(tmp_path)})
+    ran = run("doctor", "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["ok"]) == (0, True)
+    assert {"daemon", "store", "file system", "hub", "clock", "open files", "socket"} <= {finding["check"] for finding in found["findings"]}
+    text = run("doctor").out
+    assert text.count("FAIL") == 0
+    assert "WHAT TO DO" in text
+
+
+def test_doctor_tells_another_version_and_an_unready_daemon(stub, run, quiet_machine):
+    stub.answer("GET /version", {"version": "0.0.1", "api": "v1"})
+    stub.answer("GET /readyz", (503, {"ready": False, "problems": ["the store is read-only"]}))
+    ran = run("doctor", "--json")
+    found = {finding["check"]: finding for finding in json.loads(ran.out)["findings"]}
+    assert ran.code == 1
+    assert found["daemon"]["verdict"] == "warn"
+    assert found["ready"]["verdict"] == "fail"
+    assert "read-only" in found["ready"]["detail"]
+
+
+def test_doctor_without_a_daemon_or_usable_settings_still_looks_on(stub, run, quiet_machine, monkeypatch):
+    monkeypatch.setenv("NVCACHE_SOCKET", "/nowhere/s.sock")
+    monkeypatch.setenv("NVCACHE_WORKERS", "many")
+    ran = run("doctor", "--json")
+    found = {finding["check"]: finding["verdict"] for finding in json.loads(ran.out)["findings"]}
+    assert ran.code == 1
+    assert (found["settings"], found["daemon"]) == ("fail", "fail")
+    assert "open files" in found
