@@ -1,0 +1,120 @@
+"""Models: what is here, make it ready, follow it, remove, pin, verify."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from nvcache.api import schemas, wire
+from nvcache.api.events import EventStream
+from nvcache.api.limits import DRY_RUN_SECONDS, Lifecycle, extend
+from nvcache.api.routes.common import Entry, accepted, admit, engine_of
+from nvcache.api.scope import Caller, Gate, Scope
+from nvcache.core.states import ModelState
+from nvcache.engine.status import DryRun, EnsureRequest, ModelStatus
+from nvcache.errors import Code, RequestError
+
+router = APIRouter(prefix="/v1/models", tags=["models"], responses=schemas.PROBLEMS)
+JOB_LINK = {"Location": {"description": "the job's URL", "schema": {"type": "string"}}}
+ACCEPTED: dict[int | str, dict[str, Any]] = {202: {"model": schemas.Accepted, "description": "under way", "headers": JOB_LINK}}
+
+
+@router.get("", response_model=schemas.Models | schemas.Model)
+async def look(
+    request: Request,
+    ref: Annotated[
+        str | None, Query(max_length=4096, description="reference, slug or entry: answers that one model", examples=[schemas.EXAMPLE_REF])
+    ] = None,
+    state: Annotated[ModelState | None, Query(description="only models in this state; for the list")] = None,
+) -> Response:
+    """What the node has: every model, or with `ref` the one it names. From memory, in about a millisecond."""
+    await admit(request, Scope.READ)
+    engine = engine_of(request)
+    if ref is not None:
+        return wire.reply(await engine.model(ref))
+    return wire.reply({"models": engine.models(state)})
+
+
+@router.post("", response_model=schemas.Model | schemas.DryRunView, responses=ACCEPTED)
+async def ensure(request: Request, wish: schemas.Wish) -> Response:
+    """Make a model ready: 200 with it if it is, else 202 with the job; the same wish twice is one fetch. With `dry_run`, what that would do."""
+    caller = await admit(request, Scope.POD)
+    wanted = wish.to_request()
+    _check_allowed(request, caller, wanted)
+    engine = engine_of(request)
+    if wish.dry_run:
+        extend(request, DRY_RUN_SECONDS)
+        return wire.reply(_dry_run(await engine.dry_run(wanted)))
+    answer = await engine.ensure(wanted)
+    return wire.reply(answer) if isinstance(answer, ModelStatus) else accepted(answer)
+
+
+@router.get("/{entry}", response_model=schemas.ModelDetail)
+async def show(request: Request, entry: Entry) -> Response:
+    """One model with every file and what it was checked against."""
+    await admit(request, Scope.READ)
+    engine = engine_of(request)
+    status = await engine.model(entry)
+    return wire.reply(wire.as_dict(status) | {"manifest": wire.manifest_view(engine.manifest(status.entry))})
+
+
+@router.delete("/{entry}", response_model=schemas.Model)
+async def remove(request: Request, entry: Entry) -> Response:
+    """Remove a model; 409 while it is leased, pinned or in use, and for a bare slug that has several revisions."""
+    await admit(request, Scope.ADMIN)
+    return wire.reply(await engine_of(request).remove(entry))
+
+
+@router.get("/{entry}/events", response_class=Response, responses={200: schemas.EVENTS})
+async def events(request: Request, entry: Entry) -> Response:
+    """Follow a model until it is ready, failed or gone. Reconnect with `Last-Event-ID`; polling the model works as well."""
+    await admit(request, Scope.READ)
+    engine = engine_of(request)
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    status = await engine.model(entry)
+    async with AsyncExitStack() as stack:
+        queue = await stack.enter_async_context(engine.watch(status.entry))
+        return EventStream(request, queue, stack.pop_all(), lifecycle)
+
+
+@router.put("/{entry}/pin", response_model=schemas.Model)
+async def pin(request: Request, entry: Entry) -> Response:
+    """Never remove this model to make room."""
+    await admit(request, Scope.ADMIN)
+    return wire.reply(await engine_of(request).pin(entry, pinned=True))
+
+
+@router.delete("/{entry}/pin", response_model=schemas.Model)
+async def unpin(request: Request, entry: Entry) -> Response:
+    """Let the model be removed again."""
+    await admit(request, Scope.ADMIN)
+    return wire.reply(await engine_of(request).pin(entry, pinned=False))
+
+
+@router.post("/{entry}/verify", status_code=202, response_model=schemas.Accepted, responses=ACCEPTED)
+async def verify(request: Request, entry: Entry) -> Response:
+    """Read every byte back now and repair only the chunks that are bad."""
+    await admit(request, Scope.ADMIN)
+    return accepted(await engine_of(request).verify(entry))
+
+
+def _check_allowed(request: Request, caller: Caller, wanted: EnsureRequest) -> None:
+    """Pods may ask for what `allow` names; what outlives their request or names things for others is the operator's."""
+    gate: Gate = request.app.state.gate
+    if caller.scope is Scope.ADMIN:
+        return
+    for field, given in (("pin", wanted.pin), ("alias", wanted.alias)):
+        if given:
+            raise RequestError(Code.NOT_ALLOWED, f"cannot make {wanted.ref} ready with {field}: only the admin scope may")
+    if not gate.may_warm(caller, wanted.ref):
+        raise RequestError(Code.NOT_ALLOWED, f"cannot make {wanted.ref} ready: no pattern of the setting allow matches it")
+
+
+def _dry_run(plan: DryRun) -> dict[str, object]:
+    return wire.as_dict(plan) | {
+        "left_out": [{"path": path, "size": size} for path, size in plan.left_out],
+        "paths": [{"path": path, "size": size, "here": here} for path, size, here in plan.paths],
+    }

@@ -1,0 +1,315 @@
+"""The shapes of requests and answers, for validation on the way in and for the OpenAPI document on the way out. Answers are not built from these:
+`wire` serialises the engine's snapshots, and the tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from nvcache.core.manifest import Check, Selection
+from nvcache.core.plan import Priority
+from nvcache.core.ref import Ref, Scheme, parse_ref
+from nvcache.core.states import JobState, ModelState
+from nvcache.engine.status import EnsureRequest
+from nvcache.errors import Code, RequestError
+
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+EXAMPLE_REF = "hf://Qwen/Qwen3-0.6B"
+EXAMPLE_REVISION = "c1899de289a04d12100db370d81485cdf75e47ca"
+EXAMPLE_ENTRY = f"hf--Qwen--Qwen3-0.6B@{EXAMPLE_REVISION}"
+
+
+class _Asked(BaseModel):
+    """A request body: unknown fields and values of another type are refused, never guessed at."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Wish(_Asked):
+    """Make a model ready."""
+
+    ref: Annotated[str, Field(max_length=4096, description="hf://org/name[@revision], org/name or file:///dir", examples=[EXAMPLE_REF])]
+    revision: Annotated[str | None, Field(max_length=200, description="branch, tag or commit; instead of the part after @")] = None
+    include: Annotated[list[Pattern], Field(max_length=1000, description="shell patterns of files to take; none: the default set")] = []
+    exclude: Annotated[list[Pattern], Field(max_length=1000, description="shell patterns of files to leave out")] = []
+    alias: Annotated[str | None, Field(max_length=200, description="org/name to show it under in the HuggingFace view")] = None
+    pin: Annotated[bool, Field(description="never remove it to make room")] = False
+    priority: Annotated[Literal["demand", "declared"], Field(description="demand: somebody waits for it")] = "demand"
+    dry_run: Annotated[bool, Field(description="say what would be done, do nothing")] = False
+
+    def to_request(self) -> EnsureRequest:
+        """The engine's form of it. Raises `RequestError`: bad-reference, or bad-request when two revisions are named."""
+        return EnsureRequest(
+            ref=self._ref(),
+            selection=Selection(tuple(self.include), tuple(self.exclude)),
+            alias=_hub_name(self.alias),
+            pin=self.pin,
+            priority=Priority[self.priority.upper()],
+        )
+
+    def _ref(self) -> Ref:
+        ref = parse_ref(self.ref)
+        if self.revision is None:
+            return ref
+        if ref.revision not in (None, self.revision):
+            raise RequestError(Code.BAD_REQUEST, f"cannot make {ref} ready: the field revision says {self.revision!r}")
+        named = parse_ref(f"{ref.base}@{self.revision}")
+        if named.location != ref.location:  # a directory's '@' begins a revision only before a listing digest
+            raise RequestError(Code.BAD_REFERENCE, f"cannot read revision {self.revision!r} of {ref}: a directory's revision has 64 hex digits")
+        return named
+
+
+class LeaseWish(_Asked):
+    """Hold a model while it is loaded."""
+
+    holder: Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$", description="who holds it, for people", examples=["vllm-0"])] = ""
+    ttl_s: Annotated[float | None, Field(gt=0, le=86400, allow_inf_nan=False, description="seconds it lives unless renewed")] = None
+
+
+class Renewal(_Asked):
+    """Hold it for longer."""
+
+    ttl_s: Annotated[float | None, Field(gt=0, le=86400, allow_inf_nan=False, description="seconds from now")] = None
+
+
+class Problem(BaseModel):
+    """RFC 9457. Some codes carry more members than these."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(examples=["urn:nvcache:error:unknown-model"])
+    title: str
+    status: int
+    detail: str = Field(description="one sentence: cannot … : why")
+    code: Code
+    hint: str = Field(description="what to do about it")
+    retryable: bool
+    retry_after_s: float | None
+
+
+class Progress(BaseModel):
+    """How far it is; `bytes_done` counts what was here already, `bytes_fetched` only the network."""
+
+    bytes_total: int
+    bytes_done: int
+    bytes_fetched: int
+    files_total: int
+    files_done: int
+    rate: float = Field(description="bytes per second over the last seconds")
+    eta_s: float | None
+
+
+class Model(BaseModel):
+    """A model on this node."""
+
+    entry: str = Field(examples=[EXAMPLE_ENTRY], description="its name in every URL: <slug>@<revision>")
+    ref: str = Field(examples=[f"{EXAMPLE_REF}@{EXAMPLE_REVISION}"])
+    revision: str = Field(examples=[EXAMPLE_REVISION])
+    state: ModelState
+    files: int
+    bytes: int
+    path: str | None = Field(description="the flat directory; only while ready")
+    hub_cache: str | None = Field(description="the directory for HF_HUB_CACHE; only while ready")
+    hub_id: str | None = Field(description="its name in the HuggingFace view")
+    pinned: bool
+    leases: int
+    verified_at: str | None
+    checked_at: str | None
+    last_used: datetime | None
+    warnings: list[str]
+    progress: Progress | None
+    job: str | None = Field(description="the job that works on it")
+    error: Problem | None
+    fetched_bytes: int = Field(description="over the network, by the fill that made it ready; 0 for a hit")
+    seconds: float
+    note: str | None
+
+
+class SelectionView(BaseModel):
+    """The patterns it was fetched with."""
+
+    include: list[str]
+    exclude: list[str]
+
+
+class LeftOutView(BaseModel):
+    """A file of the repository that was not taken."""
+
+    path: str
+    size: int
+
+
+class CheckView(BaseModel):
+    """One file and what its bytes were compared with."""
+
+    path: str
+    size: int
+    sha256: str
+    check: Check
+    source: str | None = Field(description="the digest that the source publishes, as <algorithm>:<hex>")
+
+
+class ManifestView(BaseModel):
+    """Where the files came from and how each was proven."""
+
+    endpoint: str
+    asked: str
+    selection: SelectionView
+    left_out: list[LeftOutView]
+    parsed: bool = Field(description="whether safetensors headers and indexes were checked")
+    checks: list[CheckView]
+
+
+class ModelDetail(Model):
+    """A model with its files."""
+
+    manifest: ManifestView | None
+
+
+class Models(BaseModel):
+    """Every model on the node."""
+
+    models: list[Model]
+
+
+class Job(BaseModel):
+    """A piece of long work."""
+
+    id: str
+    kind: str = Field(examples=["fill"])
+    ref: str
+    entry: str | None = Field(description="None until the reference is resolved")
+    state: JobState
+    created_at: datetime
+    ended_at: datetime | None
+    progress: Progress
+    error: Problem | None
+    seconds: float
+    repaired_chunks: int
+    bad_files: list[str]
+
+
+class Jobs(BaseModel):
+    """Running jobs, and those that ended not long ago."""
+
+    jobs: list[Job]
+
+
+class Accepted(BaseModel):
+    """Work has begun, or was already under way; `Location` names the job."""
+
+    job: Job
+    entry: str | None
+
+
+class PlannedFile(BaseModel):
+    """A file that making ready would take, and whether its bytes are here already."""
+
+    path: str
+    size: int
+    here: bool
+
+
+class DryRunView(BaseModel):
+    """What making a model ready would do."""
+
+    entry: str
+    ref: str
+    revision: str
+    files: int
+    bytes: int
+    bytes_here: int
+    bytes_to_fetch: int
+    left_out: list[LeftOutView]
+    seconds: float | None
+    fits: bool
+    would_evict: list[str]
+    refusal: Problem | None
+    paths: list[PlannedFile]
+
+
+class Lease(BaseModel):
+    """A hold on a model; renew it before `expires`."""
+
+    lease: str
+    entry: str
+    holder: str
+    path: str
+    hub_cache: str | None
+    expires: datetime
+
+
+class Leases(BaseModel):
+    """Every lease on the node."""
+
+    leases: list[Lease]
+
+
+class Space(BaseModel):
+    """The store's room in bytes."""
+
+    limit: int
+    used: int
+    reserved: int
+    free: int
+    total: int
+    quarantined: int
+
+
+class Stripe(BaseModel):
+    """What the store lies on."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    """Whether models can be asked for, and if not, why."""
+
+    ready: bool
+    problems: list[str]
+
+
+class Version(BaseModel):
+    """The daemon and the API it speaks."""
+
+    version: str
+    api: Literal["v1"]
+
+
+def _hub_name(alias: str | None) -> str | None:
+    if alias is None:
+        return None
+    ref = parse_ref(alias)
+    if ref.scheme is not Scheme.HF or ref.revision is not None or alias != ref.location:
+        raise RequestError(Code.BAD_REFERENCE, f"cannot use alias {alias!r}: an alias has the form org/name")
+    return alias
+
+
+EVENTS: dict[str, Any] = {
+    "description": "server-sent events: a snapshot, then changes; `data` is a Model as JSON",
+    "content": {
+        "text/event-stream": {
+            "schema": {
+                "type": "object",
+                "required": ["id", "event", "data"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "event": {"enum": ["snapshot", "change"]},
+                    "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"$ref": "#/components/schemas/Model"}},
+                },
+            }
+        }
+    },
+}
+PROBLEM: dict[str, Any] = {"description": "a problem", "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+PROBLEMS: dict[int | str, dict[str, Any]] = {"4XX": PROBLEM, "5XX": PROBLEM}
+"""What every call may answer instead; `Problem` is among the components because `Model` has one."""

@@ -1,0 +1,229 @@
+"""Runs the daemon: sockets, engine, uvicorn, signals, and their end in reverse. What the engine does is not its business.
+
+The first SIGTERM or SIGINT stops gracefully and the process exits 0 within `EXIT_SECONDS`, whatever a request, a fill or a thread is stuck in; the
+second one exits at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from asyncio import TimerHandle
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from nvcache import __version__
+from nvcache.api.app import create_app
+from nvcache.api.limits import ABORT
+from nvcache.api.scope import PEER, Peer
+from nvcache.api.sockets import Listener, listen_tcp, listen_unix
+from nvcache.engine.engine import Engine
+from nvcache.errors import Code, ConfigError
+from nvcache.settings import Settings
+
+EXIT_SECONDS = 9.0
+ENGINE_STOP_SECONDS = 5.0
+GRACE_SECONDS = 2  # for requests in flight; `limits` ends them after one
+HEAD_SECONDS = 10.0
+HEAD_BYTES = 32 * 1024
+KEEP_ALIVE_SECONDS = 30
+
+log = logging.getLogger(__name__)
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol, which besides knows its peer and bounds a request's head.
+
+    uvicorn copies `app_state` into the `state` of every request's scope; giving each connection its own is how the peer's credentials, taken from the
+    transport's socket, reach the application.
+    """
+
+    _head: TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Ask the kernel once who is there."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, PEER: Peer.of(transport.get_extra_info("socket")), ABORT: transport.abort}
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more to wait for."""
+        self._got_head()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """A request begins: its head must be complete soon."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        self._await_head()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the request line."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is complete; from here `limits` bounds the request."""
+        self._got_head()
+        super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        self._got_head()
+        self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def _got_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
+
+    def _count(self, length: int) -> None:
+        self._head_bytes += length
+        if self._head_bytes > HEAD_BYTES:
+            raise ValueError("the request's head is too large")  # the parser wraps it, uvicorn answers 400 and closes
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handling, since `_Signals` decides when to stop; `ready` is called once it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+
+class _Signals:
+    """SIGTERM and SIGINT as an event, with the process's end guaranteed by a timer that no stuck thread or loop can hold up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.stop = asyncio.Event()
+        self._asked_before = False
+        self._loop = loop
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._asked)
+
+    def _asked(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked_before:
+            os._exit(128 + number)
+        self._asked_before = True
+        signal.signal(signal.SIGALRM, _give_up)
+        signal.setitimer(signal.ITIMER_REAL, EXIT_SECONDS)
+        self._loop.call_soon_threadsafe(self.stop.set)
+
+
+def _give_up(_number: int, _frame: FrameType | None) -> None:
+    os.write(2, b"nvcache: something did not stop in time; exiting anyway, the store is safe to reopen\n")
+    os._exit(0)
+
+
+def run(settings: Settings) -> int:
+    """Serve until told to stop, then return exit code 0. For the main thread of a process of its own.
+
+    Raises `ConfigError` when the sockets or the store cannot be had; anything else that is wrong is told by /readyz.
+    """
+    asyncio.run(_serve(settings))
+    return 0
+
+
+async def _serve(settings: Settings) -> None:
+    signals = _Signals(asyncio.get_running_loop())
+    with ExitStack() as stack:
+        listeners = _listen(settings, stack)
+        engine = Engine(settings)
+        await engine.start()
+        try:
+            await answer(create_app(engine), listeners, signals.stop, lambda: _announce(engine, listeners))
+        finally:
+            stack.close()  # nobody new finds us while the engine stops
+            await _stop(engine)
+
+
+async def answer(app: FastAPI, listeners: list[Listener], stop: asyncio.Event, ready: Callable[[], None]) -> None:
+    """Answer on `listeners` until `stop` is set, then end what is in flight; that takes at most about `GRACE_SECONDS`. `ready` is called once."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config, ready)
+    serving = asyncio.create_task(server.serve([listener.sock for listener in listeners]), name="api-server")
+    asked = asyncio.create_task(stop.wait(), name="api-stop")
+    await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked.cancel()
+    app.state.lifecycle.stop()
+    server.should_exit = True
+    await serving
+
+
+def _listen(settings: Settings, stack: ExitStack) -> list[Listener]:
+    listeners: list[Listener] = []
+
+    def keep(listener: Listener) -> None:
+        listeners.append(listener)
+        stack.callback(listener.remove)
+
+    keep(listen_unix(settings.socket, 0o660))
+    if settings.admin_socket:
+        keep(listen_unix(settings.admin_socket, 0o600))
+    if settings.listen:
+        _check_token(settings.listen_token_file)
+        keep(listen_tcp(settings.listen))
+    return listeners
+
+
+def _check_token(path: Path | None) -> None:
+    """A daemon that listens on TCP but can let nobody in is a mistake worth telling at once."""
+    try:
+        if path is not None and path.read_text().strip():
+            return
+        why = "it holds no token"
+    except (OSError, UnicodeDecodeError) as error:
+        why = str(error)
+    raise ConfigError(Code.BAD_CONFIG, f"cannot use setting listen_token_file {path}: {why}")
+
+
+def _announce(engine: Engine, listeners: list[Listener]) -> None:
+    """One line on stdout for whoever waits for it, the addresses in the log."""
+    for listener in listeners:
+        log.info("listening", extra={"facts": {"address": str(listener.path or listener.sock.getsockname())}})
+    settings = engine.settings
+    print(  # noqa: T201 - the interface scripts wait for
+        f"nvcache {__version__} ready on unix://{settings.socket} store {settings.store} ({len(engine.models())} models)", flush=True
+    )
+
+
+async def _stop(engine: Engine) -> None:
+    try:
+        async with asyncio.timeout(ENGINE_STOP_SECONDS):
+            await engine.stop()
+    except TimeoutError:
+        log.warning("the engine did not stop in time; its fills resume at the next start")
