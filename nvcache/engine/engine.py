@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
@@ -22,6 +21,7 @@ from nvcache.engine.context import Context
 from nvcache.engine.ensure import Ensurer
 from nvcache.engine.fetch import Fetcher
 from nvcache.engine.jobs import Job, Jobs
+from nvcache.engine.leases import Leases
 from nvcache.engine.ledger import Ledger
 from nvcache.engine.lookup import Lookup
 from nvcache.engine.repair import Repairer
@@ -46,7 +46,7 @@ from nvcache.sources.directory import Directory
 from nvcache.sources.huggingface import HuggingFace
 from nvcache.sources.ranges import Transport
 from nvcache.store.blobs import Blobs
-from nvcache.store.catalog import Catalog, Lease
+from nvcache.store.catalog import Catalog
 from nvcache.store.root import Root
 from nvcache.store.views import Views
 
@@ -71,6 +71,7 @@ class Engine:
         self._background: asyncio.Task[None] | None = None
         self._jobs = Jobs(self._job_changed)
         self._do: Context
+        self._leases: Leases
         self._lookup: Lookup
         self._ensurer: Ensurer
         self._repairer: Repairer
@@ -85,6 +86,7 @@ class Engine:
         self._watchers = Watchers(self._status)
         fetcher = Fetcher(self._do)
         self._repairer = Repairer(self._do, fetcher)
+        self._leases = Leases(self._do, self.settings.lease_ttl)
         self._lookup = Lookup(self._do, self._jobs, self._doubt)
         self._ensurer = Ensurer(self._do, self._jobs, fetcher, self._repairer, self._lookup, self.settings.resolve_ttl)
         await self._disk.bounded(OPEN_TIMEOUT, "read the store", load_shelf, self._do, self._root, clock.unix() + LEASE_GRACE)
@@ -125,7 +127,7 @@ class Engine:
             views=Views(root.layout, blobs),
             catalog=Catalog(root.layout),
             ledger=Ledger(root.layout, blobs, self._disk, settings.max_bytes, settings.min_free),
-            workers=Workers(settings.worker_count, settings.lanes, hello, child_environment()),
+            workers=Workers(settings.worker_count, settings.lanes, hello, child_environment() | {"HF_XET_CACHE": str(root.layout.tmp / "xet")}),
             sources=sources,
             disk=self._disk,
             net=self._net,
@@ -151,7 +153,7 @@ class Engine:
                 self._problems = ()
             except NvcacheError as error:
                 self._problems = (str(error),)
-            await self._expire_leases()
+            await self._leases.expire()
 
     # -- what is here
 
@@ -324,73 +326,21 @@ class Engine:
     # -- leases
 
     async def lease(self, name: str, holder: str, ttl_s: float | None) -> LeaseStatus:
-        """Hold a ready model while loading. Raises `RequestError` (unknown-model, not-ready)."""
+        """Hold a ready model while loading. Raises `RequestError` (unknown-model, not-ready, bad-request)."""
         status = await self.model(name)
-        entry_id = parse_entry(status.entry)
-        entry = self._do.shelf.entries.get(entry_id)
-        if status.path is None or entry is None or entry.removing:
-            raise RequestError(Code.NOT_READY, f"cannot lease {status.entry}: it is {status.state}")
-        ttl = self._ttl(ttl_s)
-        lease = Lease(secrets.token_hex(16), entry_id, holder, clock.unix() + ttl, ttl)
-        self._do.shelf.leases[lease.id] = lease  # in memory first: from here on nobody removes the entry
-        try:
-            await self._disk.call(self._do.catalog.write_lease, lease)
-        except NvcacheError:
-            del self._do.shelf.leases[lease.id]
-            raise
-        self._do.changed(entry_id)
-        return self._lease_status(lease)
+        return await self._leases.take(status, holder, ttl_s)
 
     async def renew(self, name: str, lease: str, ttl_s: float | None) -> LeaseStatus:
-        """Hold on to a lease. Raises `RequestError` (unknown-lease)."""
-        held = self._held(name, lease)
-        ttl = self._ttl(ttl_s) if ttl_s is not None else held.ttl
-        fresh = replace(held, expires=clock.unix() + ttl, ttl=ttl)
-        await self._disk.call(self._do.catalog.write_lease, fresh)
-        self._do.shelf.leases[lease] = fresh
-        return self._lease_status(fresh)
+        """Hold on to a lease. Raises `RequestError` (unknown-lease, bad-request)."""
+        return await self._leases.renew(parse_name(name), lease, ttl_s)
 
     async def release(self, name: str, lease: str) -> None:
         """Let go. Raises `RequestError` (unknown-lease)."""
-        held = self._held(name, lease)
-        del self._do.shelf.leases[lease]
-        await self._disk.call(self._do.catalog.remove_lease, lease)
-        self._do.changed(held.entry)
+        await self._leases.release(parse_name(name), lease)
 
     def leases(self) -> list[LeaseStatus]:
         """Every lease that has not run out."""
-        now = clock.unix()
-        return [self._lease_status(lease) for lease in self._do.shelf.leases.values() if lease.expires > now]
-
-    def _ttl(self, ttl_s: float | None) -> float:
-        ttl = self.settings.lease_ttl if ttl_s is None else ttl_s
-        if not 1 <= ttl <= 86400:
-            raise RequestError(Code.BAD_REQUEST, f"cannot lease for {ttl:g} s: the life of a lease is 1 to 86400 s")
-        return ttl
-
-    def _held(self, name: str, lease: str) -> Lease:
-        held = self._do.shelf.leases.get(lease)
-        if held is None or held.expires <= clock.unix() or held.entry.slug != parse_name(name).slug:
-            raise RequestError(Code.UNKNOWN_LEASE, f"cannot find lease {lease[:64]!r} on {name[:200]}: it was released or ran out")
-        return held
-
-    def _lease_status(self, lease: Lease) -> LeaseStatus:
-        entry = self._do.shelf.entries[lease.entry]
-        return LeaseStatus(
-            lease=lease.id,
-            entry=str(lease.entry),
-            holder=lease.holder,
-            path=str(self._do.layout.view(lease.entry)),
-            hub_cache=str(self._do.layout.hub) if entry.hub_id else None,
-            expires=clock.from_unix(lease.expires),
-        )
-
-    async def _expire_leases(self) -> None:
-        now = clock.unix()
-        for lease in [lease for lease in self._do.shelf.leases.values() if lease.expires <= now]:
-            self._do.shelf.leases.pop(lease.id, None)
-            await self._disk.call(self._do.catalog.remove_lease, lease.id)
-            self._do.changed(lease.entry)
+        return self._leases.all()
 
     # -- jobs
 

@@ -41,8 +41,9 @@ class Tally:
         self.files_total, self.bytes_total = files, size
 
     def running(self, key: str, stored: int, fetched: int) -> None:
-        """A file under way: `stored` bytes are on the disk, `fetched` of them came in this try."""
-        self._running[key] = (stored, fetched)
+        """A file under way: `stored` bytes are here, `fetched` of them came in this try. What is shown never goes back."""
+        before = self._running.get(key, (0, 0))
+        self._running[key] = (max(before[0], stored), max(before[1], fetched))
 
     def finished(self, key: str, size: int, fetched: int, files: int = 1) -> None:
         """`files` files of `size` bytes are done at the price of `fetched` bytes over the network."""

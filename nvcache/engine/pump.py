@@ -12,7 +12,6 @@ import hashlib
 import heapq
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -39,16 +38,15 @@ class Pumped:
 
 
 class Pump:
-    """Fills `ingest` from `readers` with `lanes` threads. `progress(stored, fetched)`, in bytes, is called after every chunk, from any lane.
+    """Fills `ingest` from `readers` with `lanes` threads.
 
     `git` asks for git's SHA-1 as well; it costs as much as the SHA-256.
     """
 
-    def __init__(self, ingest: Ingest, readers: ReaderFactory, lanes: int, progress: Callable[[int, int], None], *, git: bool = False) -> None:
+    def __init__(self, ingest: Ingest, readers: ReaderFactory, lanes: int, *, git: bool = False) -> None:
         self._ingest = ingest
         self._readers = readers
         self._lanes = max(1, min(lanes, ingest.count))
-        self._progress = progress
         self._changed = threading.Condition()
         self._stored = ingest.recorded()
         self._missing = [index for index in range(ingest.count) if index not in self._stored]
@@ -56,7 +54,7 @@ class Pump:
         self._frontier = 0
         self._hashing = False
         self._stopped = False
-        self._open: set[Reader] = set()
+        self._open: dict[Reader, int] = {}  # reader → its bytes that are accounted for as chunks
         self._fetched = 0
         self._stored_bytes = sum(self._length(index) for index in self._stored)
         self._sha256 = hashlib.sha256()
@@ -76,6 +74,12 @@ class Pump:
             raise Interrupted(Code.CANCELLED, "cannot finish the file: the fetch was cancelled")
         chunks = b"".join(self._stored[index].to_bytes(8, "little") for index in range(self._ingest.count))
         return Pumped(self._sha256.hexdigest(), self._git_sha1.hexdigest() if self._git_sha1 else None, chunks, self._fetched)
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the file that are here, chunks under way included, and bytes fetched by this pump. Any thread may ask."""
+        with self._changed:
+            under_way = sum(max(0, reader.received - counted) for reader, counted in self._open.items())
+            return min(self._ingest.size, self._stored_bytes + under_way), self._fetched + under_way
 
     def stop(self) -> None:
         """Make every lane stop promptly, also one whose source is stalled. Any thread may call it."""
@@ -105,12 +109,12 @@ class Pump:
             finally:
                 if reader is not None:
                     with self._changed:
-                        self._open.discard(reader)
+                        del self._open[reader]
                     reader.close()
 
     def _admit(self, reader: Reader) -> Reader:
         with self._changed:
-            self._open.add(reader)
+            self._open[reader] = 0
             stopped = self._stopped
         if stopped:
             reader.abort()
@@ -136,6 +140,7 @@ class Pump:
             digest = xxhash.xxh3_64_intdigest(view)
             took = time.monotonic() - began
             self._ingest.write(index, buffer, length, digest)
+            self._open[reader] = reader.received
             if self._reaches_frontier(index, digest, length, min(LINGER_MAX, max(LINGER_MIN, took))):
                 self._hash(view)
 
@@ -145,7 +150,6 @@ class Pump:
             self._stored[index] = digest
             self._fetched += length
             self._stored_bytes += length
-            self._progress(self._stored_bytes, self._fetched)
             self._lingering.add(index)
             self._changed.wait_for(lambda: self._stopped or (self._frontier == index and not self._hashing), linger)
             self._lingering.discard(index)

@@ -12,7 +12,8 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from nvcache.store.receipts import Receipt, write_receipt
 
 log = logging.getLogger(__name__)
 NICENESS = 10  # answers to pods come first
+REPORT_EVERY = 0.25  # seconds
 
 
 class Worker:
@@ -53,6 +55,8 @@ class Worker:
         self._sending = threading.Lock()
         self._running: dict[int, Callable[[], None]] = {}
         self._cancelled: set[int] = set()
+        self._pumps: dict[int, Pump] = {}
+        self._ended = threading.Event()
         self._lock = threading.Lock()
         self._throttle = Throttle(self._tell_pause)
         self._watchdog = Watchdog()
@@ -66,6 +70,7 @@ class Worker:
             self._layout = Layout(Path(hello["root"]))
             self._direct = bool(hello["direct"])
             self._transport = Transport(**hello["transport"])
+            threading.Thread(target=self._report, name="report", daemon=True).start()
             for line in lines:
                 self._handle(json.loads(line))
 
@@ -117,15 +122,35 @@ class Worker:
         readers = open_remote(remote_from_dict(task.remote), self._transport, self._throttle, self._watchdog)
         blob = ingest.Ingest.open(self._layout, task.key, task.size, direct=self._direct)
         try:
-            pump = Pump(blob, readers, task.lanes, lambda stored, fetched: self._progress(number, stored, fetched), git=task.git_sha1 is not None)
+            pump = Pump(blob, readers, task.lanes, git=task.git_sha1 is not None)
             self._stoppable(number, pump.stop)
-            pumped = pump.run()
+            with self._reporting(number, pump):
+                pumped = pump.run()
             self._prove(task, pumped, blob)
             blob.commit(pumped.sha256)
         finally:
             blob.close()
         write_receipt(self._layout, task.key, Receipt(pumped.sha256, pumped.chunks))
         return {"sha256": pumped.sha256, "chunks": base64.b64encode(pumped.chunks).decode(), "fetched": pumped.fetched}
+
+    @contextmanager
+    def _reporting(self, number: int, pump: Pump) -> Iterator[None]:
+        """Tell the daemon how far `pump` is, every `REPORT_EVERY` seconds."""
+        with self._lock:
+            self._pumps[number] = pump
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._pumps[number]
+
+    def _report(self) -> None:
+        """Send the progress of every pump, for ever: the body of a thread of its own."""
+        while not self._ended.wait(REPORT_EVERY):
+            with self._lock:
+                pumps = list(self._pumps.items())
+            for number, pump in pumps:
+                self._progress(number, *pump.progress())
 
     def _prove(self, task: FetchTask, pumped: Pumped, blob: ingest.Ingest) -> None:
         for algorithm, want, got in ((Algorithm.SHA256, task.sha256, pumped.sha256), (Algorithm.GIT_SHA1, task.git_sha1, pumped.git_sha1)):

@@ -104,7 +104,11 @@ class Source(Protocol):
 
 
 class Reader(Protocol):
-    """One sequential user of a remote's bytes: it belongs to one thread, except `abort`, which any thread may call."""
+    """One sequential user of a remote's bytes: it belongs to one thread, except `abort` and `received`, which any thread may use."""
+
+    @property
+    def received(self) -> int:
+        """Bytes that all reads so far brought, the running one included: for showing progress, not for deciding anything."""
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill all of `into` with the bytes from `offset`, retrying and resuming inside as the protocol allows; bounded in time.

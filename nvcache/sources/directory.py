@@ -75,6 +75,7 @@ class FileReader:
         self._remote = remote
         self._aborted = threading.Event()
         self._fd = -1
+        self.received = 0
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset`. The file is compared with its listing when it is opened and after every read.
@@ -93,6 +94,7 @@ class FileReader:
                 if got == 0:
                     raise self._changed("it is shorter than listed")
                 at += got
+                self.received += got
             os.posix_fadvise(self._fd, offset, len(into), os.POSIX_FADV_DONTNEED)
             self._check()
         except OSError as error:

@@ -85,6 +85,7 @@ class Line:
     def __init__(self, name: str, transport: Transport, watchdog: Watchdog) -> None:
         self.name, self.stall_timeout = name, transport.stall_timeout
         self.beat = 0.0  # time.monotonic() of the last sign of life
+        self.filling = 0  # bytes the running `fill` has got
         self._transport, self._watchdog = transport, watchdog
         self._lock = threading.Lock()
         self._cut: Cut | None = None
@@ -115,7 +116,7 @@ class Line:
 
     def fill(self, view: memoryview) -> int:
         """Read the body into `view` until it is full or the body ends; returns the bytes read. When it is short, `why` tells the reason."""
-        filled, response = 0, self._response
+        self.filling, filled, response = 0, 0, self._response
         if response is None:
             return 0
         with self._watchdog.watch(self):
@@ -125,7 +126,7 @@ class Line:
                     got = response.readinto(view[filled : filled + piece])
                     if got == 0:
                         break
-                    filled, now = filled + got, time.monotonic()
+                    self.filling, filled, now = filled + got, filled + got, time.monotonic()
                     piece = min(2 * piece, LONG_PIECE) if now - self.beat < FLOWS_S else PIECE
                     self.beat = now
             except (OSError, http.client.HTTPException, ValueError) as error:

@@ -113,7 +113,13 @@ class HttpReader:
         self._line = self._using = Line(remote.name, transport, watchdog)
         self._scratch = memoryview(b"")
         self._place: Place | None = None
+        self._received = 0
         route.joined()
+
+    @property
+    def received(self) -> int:
+        """See `Reader`."""
+        return self._received + self._using.filling
 
     def read(self, offset: int, into: memoryview) -> None:
         """See `Reader`. A retryable `SourceError` means that the deadline passed (or three answers in a row broke the protocol), and why.
@@ -183,6 +189,8 @@ class HttpReader:
             return None
         self._route.opened(self._line, answer.target)
         got = self._line.fill(job.view[job.filled : job.filled + length])
+        self._line.filling = 0
+        self._received += got
         job.filled += got
         job.reached(job.position)
         if got < length:
@@ -216,6 +224,8 @@ class HttpReader:
         if stream.position < HEAD:
             stream.head = (stream.head + bytes(view[: min(got, HEAD)]))[:HEAD]
         stream.position += got
+        stream.line.filling = 0
+        self._received += got if counted else 0
         job.filled += got if counted else 0
         job.reached(stream.position)
         if got < len(view):

@@ -41,6 +41,7 @@ class XetReader:
     def __init__(self, remote: XetRemote, group: Any, info: Any) -> None:
         self._remote, self._group, self._info = remote, group, info
         self._aborted = threading.Event()
+        self.received = 0
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset`. hf_xet retries inside, within the transport's time limits.
@@ -55,6 +56,7 @@ class XetReader:
                     raise self._error(Code.SOURCE_PROTOCOL, "more bytes came than were asked for")
                 into[at : at + len(piece)] = piece
                 at += len(piece)
+                self.received += len(piece)
         except (OSError, RuntimeError, ValueError) as error:
             self._check_aborted()
             raise self._failure(error) from None  # its text names URLs

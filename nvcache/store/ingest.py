@@ -271,7 +271,7 @@ class Ingest:
     # -- committing
 
     def _link(self, blob: Path) -> None:
-        """Give the data its name among the blobs; durably for a large file, while thousands of small ones are synced together when they are published.
+        """Give the data its name among the blobs; durably for a large file. Small ones, of which there may be thousands, are synced when published.
 
         The folder's lock keeps the collector away (it takes it exclusively), and the fresh timestamp of a blob found there restarts its grace period.
         """

@@ -1,4 +1,4 @@
-"""Receipts: what a finished blob's fill learnt of it, kept until its entry has a manifest. Nothing is believed because of one: the blob must be there.
+"""Receipts: what a finished blob's fill learnt of it, kept until its entry has a manifest. Nothing is believed because of one: the blob counts.
 
 They save a resumed fill from hashing again. They are not synced to the disk, so that a lost or torn receipt costs a re-hash and no more.
 """

@@ -6,7 +6,6 @@ The disk is read, not the page cache: directly, else each chunk is dropped from 
 from __future__ import annotations
 
 import hashlib
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator

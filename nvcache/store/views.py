@@ -10,7 +10,6 @@ Repository paths are walked by directory descriptor without following links; wha
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,14 +25,15 @@ from pathlib import Path
 from nvcache.core.digest import git_blob_header
 from nvcache.core.manifest import Check, File, Manifest
 from nvcache.core.names import check_name
+from nvcache.errors import NvcacheError
 from nvcache.store.blobs import Blobs
 from nvcache.store.files import disk_errors, durable_write, fsync_path
+from nvcache.store.folders import DIRECTORY, children_of, descend, drop_link, enter, is_directory, read_if_there, remove_if_empty
 from nvcache.store.layout import Layout
 
 TREE_FORMAT = 1
 INDEX = ".index.json"  # what ends the name of a file that names others
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Views:
@@ -73,9 +73,9 @@ class Views:
         with self._lock, disk_errors(f"withdraw {entry}"):
             if repo is not None:
                 self._withdraw_snapshot(repo, self.hub_commit(manifest))
-            _drop_link(self._layout.view(entry).parent)
+            drop_link(self._layout.view(entry).parent)
             self._take_away(self._layout.view(entry))
-            _remove_if_empty(self._layout.view(entry).parent)
+            remove_if_empty(self._layout.view(entry).parent)
 
     def names(self, hub_id: str) -> dict[str, str]:
         """The refs of a model in the HuggingFace view: name → commit. Raises `DiskError`."""
@@ -98,7 +98,7 @@ class Views:
             if hub_id is None:
                 return True
             repo, commit = self._layout.hub_repo(hub_id), self.hub_commit(manifest)
-            return self._shown(manifest, repo / "snapshots" / commit) and _read(repo / "trees" / f"{commit}.json") == tree_listing(manifest)
+            return self._shown(manifest, repo / "snapshots" / commit) and read_if_there(repo / "trees" / f"{commit}.json") == tree_listing(manifest)
 
     def prune(self, wanted: Iterable[tuple[Manifest, str | None]]) -> list[str]:
         """Remove every view that none of `wanted` (manifest, Hub name) has: what a crash left between two steps. The answer names them for the log.
@@ -113,14 +113,14 @@ class Views:
                 hub.setdefault(self._layout.hub_repo(hub_id), set()).add(self.hub_commit(manifest))
         removed: list[str] = []
         with self._lock, disk_errors("remove views that no entry has"):
-            for model in _children(self._layout.models):
-                _drop_link(model)
-                for view in _children(model):
+            for model in children_of(self._layout.models):
+                drop_link(model)
+                for view in children_of(model):
                     if view not in flat:
                         self._take_away(view)
                         removed.append(f"{model.name}@{view.name}")
-                _remove_if_empty(model)
-            for repo in _children(self._layout.hub):
+                remove_if_empty(model)
+            for repo in children_of(self._layout.hub):
                 if repo.name.startswith("models--"):
                     removed += self._prune_repo(repo, hub.get(repo, set()))
         return removed
@@ -130,8 +130,8 @@ class Views:
     def _show(self, manifest: Manifest, target: Path) -> None:
         """Make `target` have every file of `manifest`."""
         with self._folder(target.parent) as parent:
-            if _is_directory(target.name, parent):
-                fd = os.open(target.name, _DIRECTORY, dir_fd=parent)
+            if is_directory(target.name, parent):
+                fd = os.open(target.name, DIRECTORY, dir_fd=parent)
                 try:
                     self._fill(fd, manifest)
                 finally:
@@ -139,13 +139,16 @@ class Views:
                 return
             half = f"view-{secrets.token_hex(8)}"
             with self._folder(self._layout.tmp) as tmp:
-                fd = _enter(tmp, half)
+                fd = enter(tmp, half)
                 try:
                     self._fill(fd, manifest)
                     with suppress(FileNotFoundError):
                         os.unlink(target.name, dir_fd=parent)  # no directory, so not ours
                     os.rename(half, target.name, src_dir_fd=tmp, dst_dir_fd=parent)
                     os.fsync(parent)
+                except (OSError, NvcacheError):
+                    shutil.rmtree(self._layout.tmp / half, ignore_errors=True)  # its links would count; the next sweep removes what stays
+                    raise
                 finally:
                     os.close(fd)
 
@@ -154,7 +157,7 @@ class Views:
         try:
             with self._folder(target, make=False) as root:
                 for folder, children in _by_folder(manifest.files).items():
-                    with _descend(root, folder, make=False) as fd:
+                    with descend(root, folder, make=False) as fd:
                         for file in children:
                             facts = os.stat(file.path.rpartition("/")[2], dir_fd=fd, follow_symlinks=False)
                             if not stat.S_ISREG(facts.st_mode) or facts.st_size != file.size:
@@ -169,7 +172,7 @@ class Views:
         others = [file for file in manifest.files if not file.path.endswith(INDEX)]
         for files in (others, indexes):
             for folder, children in _by_folder(files).items():
-                with _descend(root, folder) as fd:
+                with descend(root, folder) as fd:
                     for file in children:
                         self._blobs.link(file.sha256, file.path.rpartition("/")[2], dir_fd=fd)
                     os.fsync(fd)
@@ -177,9 +180,9 @@ class Views:
     def _write(self, path: Path, data: bytes) -> None:
         """A small file of the HuggingFace tree, only if it is not that already."""
         with self._folder(path.parent) as folder:
-            if _is_directory(path.name, folder):  # a ref "a/b" was there before the ref "a"
+            if is_directory(path.name, folder):  # a ref "a/b" was there before the ref "a"
                 self._take_away(path)
-        if path.is_symlink() or _read(path) != data:
+        if path.is_symlink() or read_if_there(path) != data:
             durable_write(path, data, temp=self._layout.tmp)
 
     @contextmanager
@@ -187,7 +190,7 @@ class Views:
         """A directory of the store, open; made, and its making synced, unless told otherwise."""
         root = os.open(self._layout.root, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with _descend(root, str(path.relative_to(self._layout.root)), make=make, sync=True) as fd:
+            with descend(root, str(path.relative_to(self._layout.root)), make=make, sync=True) as fd:
                 yield fd
         finally:
             os.close(root)
@@ -196,7 +199,7 @@ class Views:
 
     def _withdraw_snapshot(self, repo: Path, commit: str) -> None:
         for planted in (repo, repo / "refs", repo / "trees", repo / "snapshots"):
-            _drop_link(planted)
+            drop_link(planted)
         for name, target in _refs(repo).items():
             if target == commit:
                 (repo / "refs" / name).unlink()
@@ -205,15 +208,15 @@ class Views:
             (repo / "trees" / f"{commit}.json").unlink()
             fsync_path(repo / "trees")
         self._take_away(repo / "snapshots" / commit)
-        if repo.is_dir() and not _children(repo / "snapshots"):
+        if repo.is_dir() and not children_of(repo / "snapshots"):
             self._take_away(repo)
 
     def _prune_repo(self, repo: Path, commits: set[str]) -> list[str]:
         if not commits:
             self._take_away(repo)
             return [repo.name]
-        found = {path.name for path in _children(repo / "snapshots")} | set(_refs(repo).values())
-        found |= {path.stem for path in _children(repo / "trees")}
+        found = {path.name for path in children_of(repo / "snapshots")} | set(_refs(repo).values())
+        found |= {path.stem for path in children_of(repo / "trees")}
         for commit in found - commits:
             self._withdraw_snapshot(repo, commit)
         return [f"{repo.name}@{commit}" for commit in sorted(found - commits)]
@@ -259,84 +262,12 @@ def _by_folder(files: Iterable[File]) -> Mapping[str, list[File]]:
     return folders
 
 
-@contextmanager
-def _descend(root: int, folder: str, *, make: bool = True, sync: bool = False) -> Iterator[int]:
-    """The directory `folder` ("a/b", or "") below the open directory `root`, following no link."""
-    fd = os.dup(root)
-    try:
-        for name in folder.split("/") if folder else ():
-            below = _enter(fd, name, sync=sync) if make else os.open(name, _DIRECTORY, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _enter(parent: int, name: str, *, sync: bool = False) -> int:
-    """Open a directory in `parent`, made if it is not there, 0755 whatever the umask; anything else of that name is removed."""
-    try:
-        return os.open(name, _DIRECTORY, dir_fd=parent)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-            raise
-        os.unlink(name, dir_fd=parent)
-    os.mkdir(name, 0o755, dir_fd=parent)
-    fd = os.open(name, _DIRECTORY, dir_fd=parent)
-    try:
-        os.fchmod(fd, 0o755)
-        if sync:
-            os.fsync(parent)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _is_directory(name: str, parent: int) -> bool:
-    try:
-        return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
-        return False
-
-
 def _refs(repo: Path) -> dict[str, str]:
     found = {}
     for folder, _, files in os.walk(repo / "refs"):
         for file in files:
             path = Path(folder) / file
-            commit = (_read(path) or b"").decode("ascii", "replace")
+            commit = (read_if_there(path) or b"").decode("ascii", "replace")
             if not path.is_symlink() and _COMMIT.fullmatch(commit):
                 found[str(path.relative_to(repo / "refs"))] = commit
     return found
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _drop_link(path: Path) -> None:
-    """A symlink where a directory of ours should be is removed, lest what it points to be."""
-    if path.is_symlink():
-        path.unlink()
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(FileNotFoundError):
-        try:
-            folder.rmdir()
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-import hf_xet
 import pytest
 
 from nvcache.errors import Code, Interrupted, SourceError
@@ -36,6 +35,8 @@ def _no_litter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> XetRemote:
     """A file in a `local://` storage, put there by hf_xet."""
+    import hf_xet  # opens its log at once, in HF_XET_CACHE
+
     place = f"local://{tmp_path_factory.mktemp('cas')}"
     commit = hf_xet.XetSession().new_upload_commit(endpoint=place)
     commit.start_upload_bytes(CONTENT, name="model.safetensors")

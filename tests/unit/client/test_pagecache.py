@@ -20,7 +20,7 @@ SIZE = 24 * 2**20
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """A directory on a disk: a RAM file system has no page cache to fill."""
-    path = Path(tempfile.mkdtemp(prefix="nv-cache-", dir=Path(__file__).parents[3]))
+    path = Path(tempfile.mkdtemp(prefix="nv-cache-", dir="/var/tmp"))
     yield path
     shutil.rmtree(path)
 

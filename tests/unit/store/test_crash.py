@@ -26,7 +26,7 @@ from nvcache.store.ingest import Ingest, ingest_key
 from nvcache.store.layout import Layout
 from nvcache.store.root import Root
 from nvcache.store.views import Views
-from tests.unit.store.helpers import CHUNK, COMMIT, add_blob, fill, make_ready, manifest_of, new_store, noise, plan_of, sha256, tree
+from tests.unit.store.helpers import CHUNK, COMMIT, add_blob, fill, make_ready, manifest_of, noise, plan_of, sha256, tree
 
 DATA = noise(3 * CHUNK + 17)
 DIGEST, KEY = sha256(DATA), ingest_key(sha256(DATA), len(DATA))

@@ -268,8 +268,11 @@ def test_hostile_ref_names_are_refused_before_anything_is_shown(layout: Layout, 
 
 
 def test_a_missing_blob_or_a_bad_hub_name_shows_nothing(layout: Layout, views: Views) -> None:
+    add_blob(layout, FILES["config.json"])
     with pytest.raises(IntegrityError, match="not in the store"):
         views.publish(manifest_of(FILES), hub_id="org/model", names=["main"])
+    assert os.listdir(layout.tmp) == []
+    assert [nlink for _, _, nlink in Blobs(layout).walk()] == [1]
     with pytest.raises(RequestError):
         views.publish(manifest_of(FILES), hub_id="../x", names=["main"])
     assert tree(layout.models) == tree(layout.hub) == {}
