@@ -88,7 +88,7 @@ class Fills:
 
     def _once(self) -> tuple[float, float]:
         fetched = json.loads(_nvcache(self.daemon, "warm", "--json", f"hf://{REPO}"))["fetched_bytes"]
-        if fetched < self.bytes:
+        if fetched < 0.99 * self.bytes:  # the small files may be the ready model's too
             raise MeasureError(f"cannot measure while filling: only {fetched} of {self.bytes} bytes were fetched")
         jobs = Transport(f"unix://{self.daemon.socket}").request("GET", "/v1/jobs")["jobs"]
         mine = [job for job in jobs if job["kind"] == "fill" and REPO in job["ref"] and job["ended_at"]]

@@ -89,6 +89,9 @@ class SlugName:
     slug: str
     revision: str | None = None
 
+    def __str__(self) -> str:
+        return self.slug if self.revision is None else f"{self.slug}@{self.revision}"
+
 
 def is_commit(text: str) -> bool:
     """Whether `text` is a full commit id (40 hex) or a listing digest (64 hex)."""

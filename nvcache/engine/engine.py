@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from typing import Any
 
 from nvcache import __version__
 from nvcache.core.manifest import Manifest
@@ -223,7 +225,6 @@ class Engine:
         entry = self._do.shelf.entries[entry_id]
 
         async def work(job: Job) -> None:
-            self._jobs.bind(job, entry_id)
             async with self._do.entry_locks(entry_id):
                 found = self._do.shelf.entries.get(entry_id)
                 if found is None:
@@ -234,17 +235,22 @@ class Engine:
                     await self._repairer.verify(job, found)
             job.move(JobState.DONE)
 
-        return self._jobs.start(("verify", entry_id), "verify", entry.manifest.ref, work)[0]
+        return self._start_job(entry, "verify", work)
 
     def _start_repair(self, entry: Entry) -> Job:
         async def work(job: Job) -> None:
-            self._jobs.bind(job, entry.id)
             async with self._do.entry_locks(entry.id):
                 if entry.broken is not None:
                     await self._repairer.recover(job, entry)
             job.move(JobState.DONE)
 
-        return self._jobs.start(("verify", entry.id), "repair", entry.manifest.ref, work)[0]
+        return self._start_job(entry, "repair", work)
+
+    def _start_job(self, entry: Entry, kind: str, work: Callable[[Job], Coroutine[Any, Any, None]]) -> Job:
+        """Verification and repair of one entry share a flight: each does the other's work where that is needed."""
+        job, _ = self._jobs.start(("verify", entry.id), kind, entry.manifest.ref, work)
+        self._jobs.bind(job, entry.id)
+        return job
 
     def _doubt(self, entry: Entry) -> None:
         """A look-up found files missing or of another size: from now on the entry is not served, until it is whole again."""

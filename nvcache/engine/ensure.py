@@ -109,9 +109,7 @@ class Ensurer:
             self._lookup.plans.pop(plan.id, None)
         await self._take_names(entry, plan.names)
         self._do.counters.fills += 1
-        self._do.counters.fill_seconds.append(clock.monotonic() - job.began)
         self._do.counters.fill_seconds_sum += clock.monotonic() - job.began
-        del self._do.counters.fill_seconds[:-1000]
 
     async def _take_names(self, entry: Entry, names: tuple[str, ...]) -> None:
         """A moving name belongs to the newest entry it was resolved to; take it from the others of the slug."""

@@ -127,5 +127,4 @@ def hub_id(ref: Ref, alias: str | None) -> str | None:
 
 def unknown(name: Ref | SlugName) -> RequestError:
     """The error for a model the node does not have."""
-    shown = name if isinstance(name, Ref) else name.slug + (f"@{name.revision}" if name.revision else "")
-    return RequestError(Code.UNKNOWN_MODEL, f"cannot find model {shown}: this node does not have it")
+    return RequestError(Code.UNKNOWN_MODEL, f"cannot find model {name}: this node does not have it")

@@ -152,7 +152,6 @@ class Counters:
     reused_bytes: int = 0
     fills: int = 0
     fill_failures: dict[str, int] = field(default_factory=dict)  # by code
-    fill_seconds: list[float] = field(default_factory=list)  # at most the last 1000, for the histogram
     fill_seconds_sum: float = 0.0
     verify_failures: int = 0
     repaired_chunks: int = 0

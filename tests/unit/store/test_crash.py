@@ -6,8 +6,10 @@ half. Syncing is no step: a killed process loses nothing that the kernel has.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -100,6 +102,7 @@ def every_step(folder: Path, prepare: Callable[[Layout], None], operation: Calla
         if done:
             assert kill_at > 3
             return
+        shutil.rmtree(layout.root)
     raise AssertionError("the operation does not end")
 
 
@@ -271,14 +274,19 @@ def test_a_quarantine_killed_anywhere_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_first_start_killed_anywhere_is_taken_up(tmp_path: Path) -> None:
-    done = False
-    for number, kill_at in enumerate([*range(1, 30), *range(30, 270, 60), *range(270, 400)]):
-        path = tmp_path / str(number)
-        done = survives(lambda path=path: Root.open(path).close(), kill_at)  # type: ignore[misc]
+    path = tmp_path / "store"
+
+    def finishes(kill_at: int) -> bool:
+        done = survives(lambda: Root.open(path).close(), kill_at)
         root = Root.open(path)
         root.sweep()
         root.close()
         assert not list(path.glob(".tmp-*"))
-        if done:
-            break
-    assert done
+        assert len(list((path / "blobs" / "sha256").iterdir())) == 256
+        shutil.rmtree(path)
+        return done
+
+    last = bisect.bisect_left(range(1000), True, key=finishes)
+    assert last > 260
+    for kill_at in (*range(1, 24), *range(last - 16, last)):  # between them it makes 256 folders, one like the other
+        assert not finishes(kill_at)

@@ -18,6 +18,7 @@ from nvcache.errors import Code, DiskError, SpaceError
 from nvcache.store import ingest as module
 from nvcache.store.files import BLOCK, aligned_buffer, round_up
 from nvcache.store.ingest import Ingest, discard, ingest_key, kept_bytes, seed
+from nvcache.store.journal import RECORD_BYTES
 from nvcache.store.layout import Layout
 from tests.unit.store.helpers import CHUNK, add_blob, fill, new_store, noise, sha256, write_chunk
 
@@ -121,6 +122,22 @@ def test_a_torn_record_is_dropped_and_the_next_ones_are_sound(layout: Layout) ->
     ingest.close()
     ingest = reopen(layout)
     assert ingest.recorded().keys() == {0, 1, 2}
+    ingest.close()
+
+
+def test_what_comes_after_an_unsound_record_stays_dropped(layout: Layout) -> None:
+    ingest = reopen(layout)
+    fill(ingest, DATA, [0, 1, 2])
+    ingest.close()
+    with (layout.ingest_dir(KEY) / "journal").open("r+b") as journal:
+        journal.seek(2 * RECORD_BYTES)  # the record of chunk 1
+        journal.write(b"\xff")
+    ingest = reopen(layout)
+    assert ingest.recorded().keys() == {0}
+    write_chunk(ingest, DATA, 5)
+    ingest.close()
+    ingest = reopen(layout)
+    assert ingest.recorded().keys() == {0, 5}
     ingest.close()
 
 
