@@ -14,7 +14,7 @@ from nvcache.cli.daemon import Daemon, Json, problem_from, problem_of
 from nvcache.client import Problem
 from nvcache.errors import Code
 
-QUICK = 0.25  # seconds between looks while something moves
+QUICK = 0.1  # seconds between looks while something moves
 SLOW = 2.0  # and at most, while nothing does
 RESTART_PATIENCE = 60.0  # seconds a daemon that answered before may be away when no timeout bounds the wait
 AWAY = frozenset({Code.DAEMON_UNREACHABLE, Code.STARTING, Code.STOPPING, Code.TIMEOUT})

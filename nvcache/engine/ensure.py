@@ -87,6 +87,7 @@ class Ensurer:
 
     async def _make_ready(self, job: Job, wish: EnsureRequest) -> None:
         job.move(JobState.RESOLVING)
+        self._do.workers.prepare()
         resolved = await self._resolve(wish.ref)
         entry_id = EntryId(resolved.ref.slug, resolved.ref.revision or "")
         self._jobs.bind(job, entry_id)

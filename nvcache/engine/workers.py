@@ -13,7 +13,7 @@ import json
 import logging
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from nvcache.core.plan import Priority
@@ -80,6 +80,11 @@ class Workers:
     def pids(self) -> list[int]:
         """The process ids of the workers that run."""
         return [process.process.pid for process in self._processes]
+
+    def prepare(self) -> None:
+        """Start the processes that are missing, without waiting: a task is about to come."""
+        if len(self._processes) < self.count and not self._stopping:
+            self._own(self._start_missing())
 
     async def run(self, task: Task, *, priority: Priority = Priority.DEMAND, progress: ProgressCallback | None = None) -> dict[str, Any]:
         """Run `task` on some worker and return its result. `progress(stored, fetched)` is called on the event loop.
@@ -232,10 +237,15 @@ class Workers:
             log.warning("worker %d ignored a cancellation for %g s and is killed", process.process.pid, STOP_GRACE)
             process.kill()
 
-    def _own(self, coroutine: Any) -> None:
+    def _own(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._cleanups.add(task)
-        task.add_done_callback(self._cleanups.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._cleanups.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("a worker could not be looked after: %s", error)
 
 
 def _stopping() -> Interrupted:

@@ -177,13 +177,13 @@ def test_quarantine_keeps_the_bytes_and_says_why(layout: Layout, blobs: Blobs) -
     assert (layout.quarantine / f"{DIGEST}.note").read_text() == "again\n"
 
 
-def test_the_size_of_ten_thousand_blobs_is_known_at_once(layout: Layout, blobs: Blobs) -> None:
-    for number in range(10_000):
+def test_the_size_of_thousands_of_blobs_is_known_at_once(layout: Layout, blobs: Blobs) -> None:
+    for number in range(2_500):
         name = f"{number % 256:02x}{number:062x}"
         os.close(os.open(layout.blob(name), os.O_CREAT | os.O_WRONLY, 0o444))
     began = time.process_time()
     assert blobs.used_bytes() == len(DATA)
-    assert time.process_time() - began < 1.0
+    assert time.process_time() - began < 0.25  # so that ten thousand take less than a second
 
 
 def test_the_kernel_tells_who_has_a_blob_open_or_mapped(layout: Layout, blobs: Blobs, tmp_path: Path) -> None:

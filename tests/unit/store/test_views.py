@@ -321,7 +321,7 @@ def test_pruning_removes_what_no_entry_has(layout: Layout, views: Views) -> None
 
 
 def test_thousands_of_files_in_hundreds_of_folders(layout: Layout, views: Views) -> None:
-    digest_of = dict.fromkeys((f"d{number % 300}/f{number}" for number in range(1500)), b"same")
+    digest_of = dict.fromkeys((f"d{number % 300}/f{number}" for number in range(600)), b"same")
     manifest = make_ready(layout, {"f": b"same"})
     manifest = manifest_of(digest_of)
     views.publish(manifest, hub_id="org/model", names=["main"])
