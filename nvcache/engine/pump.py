@@ -141,6 +141,8 @@ class Pump:
             took = time.monotonic() - began
             self._ingest.write(index, buffer, length, digest)
             self._open[reader] = reader.received
+            if self._ingest.sync_due(time.monotonic()):
+                self._ingest.sync()
             if self._reaches_frontier(index, digest, length, min(LINGER_MAX, max(LINGER_MIN, took))):
                 self._hash(view)
 

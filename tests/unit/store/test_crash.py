@@ -288,5 +288,5 @@ def test_a_first_start_killed_anywhere_is_taken_up(tmp_path: Path) -> None:
 
     last = bisect.bisect_left(range(1000), True, key=finishes)
     assert last > 260
-    for kill_at in (*range(1, 24), *range(last - 16, last)):  # between them it makes 256 folders, one like the other
+    for kill_at in (*range(1, 14), *range(last - 12, last)):  # between them it makes 256 folders, one like the other
         assert not finishes(kill_at)
