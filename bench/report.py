@@ -187,7 +187,7 @@ def _save(figure: Any, stem: Path, title: str, machine: dict[str, Any]) -> None:
     plt.close(figure)
 
 
-SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], Table], Callable[[dict[str, Any], Path], None]]] = {
+SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], Table], Callable[[dict[str, Any], Path], None] | None]] = {
     "fill-http": (fill_table, plot_fill),
     "fill-tls": (fill_table, plot_fill),
     "answer": (answer_table, plot_answer),
