@@ -178,6 +178,7 @@ async def answer(app: FastAPI, listeners: list[Listener], stop: asyncio.Event, r
     serving = asyncio.create_task(server.serve([listener.sock for listener in listeners]), name="api-server")
     asked = asyncio.create_task(stop.wait(), name="api-stop")
     await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
+    log.info("stopping: %s", "told to" if stop.is_set() else "the server ended by itself")
     asked.cancel()
     app.state.lifecycle.stop()
     server.should_exit = True
