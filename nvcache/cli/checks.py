@@ -199,7 +199,7 @@ def hub(settings: Settings, token: str | None, proxies: dict[str, str]) -> Itera
     yield from list(found) or [
         warn("hub", f"{settings.hf_endpoint} does not answer within {HUB_WAIT:g} s", "check DNS, HTTPS_PROXY/NO_PROXY and egress rules")
     ]
-    yield ok("hub token", "set") if token else ok("hub token", "none: gated and private models cannot be had")
+    yield ok("hub token", "set for this command" if token else "none for this command; the daemon needs one for gated and private models")
 
 
 def _ask_hub(settings: Settings, proxies: dict[str, str]) -> Iterator[Finding]:

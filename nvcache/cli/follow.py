@@ -56,7 +56,7 @@ class Task:
     def state(self) -> str:
         """One word for people: the model's state, the job's, or where the task is stuck."""
         if self.problem is not None:
-            return "failed"
+            return "not finished" if self.problem["code"] == Code.TIMEOUT else "failed"
         if self.model is not None:
             return str(self.model.get("state", "done"))
         if self.away_since is not None:

@@ -184,7 +184,7 @@ def _row(model: Json) -> tuple[str | Text, ...]:
     return (
         model["ref"].rpartition("@")[0] if model["ref"].endswith(f"@{model['revision']}") else model["ref"],
         model["revision"][:SHORT],
-        output.state(model["state"], output.going(model["progress"])),
+        output.state(model["state"], output.going(model["progress"]) if not model["error"] else ""),
         output.size(model["bytes"]),
         str(model["files"]),
         output.ago(model["checked_at"] or model["verified_at"]),
@@ -200,7 +200,7 @@ def _show(model: Json) -> None:
         [
             ("model", model["ref"]),
             ("entry", model["entry"]),
-            ("state", output.state(model["state"], output.going(model["progress"]))),
+            ("state", output.state(model["state"], output.going(model["progress"]) if not model["error"] else "")),
             ("path", model["path"] or "-"),
             ("HF_HUB_CACHE", f"{model['hub_cache']} as {model['hub_id']}" if model["hub_cache"] else "-"),
             ("size", f"{output.size(model['bytes'])} in {model['files']} files"),

@@ -104,9 +104,9 @@ def _line(task: Task) -> str:
     progress = _progress_of(task)
     if task.ended:
         if task.problem is not None:
-            return "failed"
+            return task.state
         return f"{task.state}{' already' if task.hit else ''}, {output.size(task.fetched)} fetched in {output.duration(task.seconds)}"
-    if progress is None:
+    if progress is None or task.away_since is not None:
         return task.state
     files = f"{progress['files_done']}/{progress['files_total']} files"
     return f"{task.state} {output.size(progress['bytes_done'])} of {output.size(progress['bytes_total'])}, {files}, {output.going(progress)}"
