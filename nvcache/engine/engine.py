@@ -76,6 +76,7 @@ class Engine:
         self._leases: Leases
         self._lookup: Lookup
         self._ensurer: Ensurer
+        self._fetcher: Fetcher
         self._repairer: Repairer
         self._watchers: Watchers
 
@@ -86,11 +87,11 @@ class Engine:
         self._root = await self._disk.bounded(OPEN_TIMEOUT, f"open the store {self.settings.store}", Root.open, self.settings.store)
         self._do = self._wire(self._root)
         self._watchers = Watchers(self._status)
-        fetcher = Fetcher(self._do)
-        self._repairer = Repairer(self._do, fetcher)
+        self._fetcher = Fetcher(self._do)
+        self._repairer = Repairer(self._do, self._fetcher)
         self._leases = Leases(self._do, self.settings.lease_ttl)
         self._lookup = Lookup(self._do, self._jobs, self._doubt)
-        self._ensurer = Ensurer(self._do, self._jobs, fetcher, self._repairer, self._lookup, self.settings.resolve_ttl)
+        self._ensurer = Ensurer(self._do, self._jobs, self._fetcher, self._repairer, self._lookup, self.settings.resolve_ttl)
         await self._disk.bounded(OPEN_TIMEOUT, "read the store", load_shelf, self._do, self._root, clock.unix() + LEASE_GRACE)
         await self._do.ledger.measure()
         self._problems = ()
@@ -264,6 +265,8 @@ class Engine:
     async def remove(self, name: str) -> ModelStatus:
         """Withdraw a model and free its blobs. Raises `RequestError` (unknown-model, ambiguous-revision, pinned, leased, in-use)."""
         wanted = parse_name(name)
+        if self._do.shelf.find(wanted) is None and (unfinished := self._lookup.unfinished(wanted)) is not None:
+            return await self._forget(unfinished)
         entry_id = self._do.shelf.only(wanted)
         async with self._do.entry_locks(entry_id):
             entry = self._do.shelf.entries.get(entry_id)
@@ -283,6 +286,7 @@ class Engine:
             self._do.shelf.drop(entry_id)
             self._ensurer.forget(entry_id)
             self._do.changed(entry_id)
+        log.info("removed", extra={"facts": {"model": str(entry_id)}})
         await self._do.ledger.measure()
         return ModelStatus(
             entry=str(entry_id),
@@ -293,12 +297,35 @@ class Engine:
             bytes=entry.manifest.size,
         )
 
+    async def _forget(self, job: Job) -> ModelStatus:
+        """Drop what a fill that failed or was cancelled left behind. Raises `RequestError` (in-use) for one that is under way."""
+        assert job.entry is not None  # noqa: S101 - it is looked up by entry
+        if not job.state.ended:
+            raise RequestError(
+                Code.IN_USE,
+                f"cannot remove {job.entry}: it is being fetched by job {job.id}",
+                hint=f"stop it first: nvcache jobs --cancel {job.id}",
+            )
+        status = self._lookup.status(job.entry)
+        if job.plan is not None:
+            await self._disk.call(self._fetcher.give_back, job.plan)
+        self._jobs.forget(job.entry)
+        self._do.changed(job.entry)
+        await self._do.ledger.measure()
+        found = status or ModelStatus(str(job.entry), str(job.ref), job.entry.revision, ModelState.ABSENT, 0, 0)
+        return replace(found, state=ModelState.ABSENT, path=None, hub_cache=None, error=None)
+
     def _check_removable(self, entry: Entry) -> None:
         if entry.state.pin:
             raise RequestError(Code.PINNED, f"cannot remove {entry.id}: it is pinned")
         holders = self._do.shelf.holders(entry.id, clock.unix())
         if holders:
-            facts: dict[str, object] = {"holders": [{"lease": lease.id, "holder": lease.holder, "expires": lease.expires} for lease in holders]}
+            facts: dict[str, object] = {
+                "holders": [
+                    {"lease": lease.id, "holder": lease.holder, "expires": clock.from_unix(lease.expires).isoformat(timespec="seconds")}
+                    for lease in holders
+                ]
+            }
             raise RequestError(Code.LEASED, f"cannot remove {entry.id}: {', '.join(lease.holder for lease in holders)} holds it", facts=facts)
 
     def _in_use(self, entry: Entry) -> bool:
@@ -327,6 +354,7 @@ class Engine:
                 await self._disk.call(self._do.catalog.write_state, entry_id, state)
                 entry.state = state
                 self._do.changed(entry_id)
+                log.info("pinned" if pinned else "unpinned", extra={"facts": {"model": str(entry_id)}})
         return await self.model(str(entry_id))
 
     # -- leases
@@ -359,7 +387,7 @@ class Engine:
         return self._jobs.get(job_id).status()
 
     async def cancel(self, job_id: str) -> JobStatus:
-        """Stop a job; what it fetched stays until the room is needed. Raises `RequestError` (unknown-job)."""
+        """Stop a job; what it fetched stays until the room is needed or the daemon restarts. Raises `RequestError` (unknown-job)."""
         job = self._jobs.get(job_id)
         await self._jobs.cancel(job)
         if job.state is JobState.CANCELLED and job.entry is not None:

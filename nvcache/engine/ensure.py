@@ -16,6 +16,7 @@ from nvcache.core.manifest import Selection
 from nvcache.core.plan import FillPlan, Priority
 from nvcache.core.ref import EntryId, Ref, Scheme
 from nvcache.core.selection import chooses
+from nvcache.core.space import human
 from nvcache.core.states import JobState
 from nvcache.engine import clock
 from nvcache.engine.context import Context
@@ -91,9 +92,11 @@ class Ensurer:
         resolved = await self._resolve(wish.ref)
         entry_id = EntryId(resolved.ref.slug, resolved.ref.revision or "")
         self._jobs.bind(job, entry_id)
-        job.leader = next((other for other in self._jobs.of(entry_id) if other is not job and not other.state.ended), None)
+        leader = job.leader = next((other for other in self._jobs.of(entry_id) if other is not job and not other.state.ended), None)
         async with self._do.entry_locks(entry_id):
             job.leader = None
+            if leader is not None and leader.state is JobState.DONE:
+                job.tally = leader.tally  # what was fetched while this one waited was fetched for it, too
             entry = self._do.shelf.entries.get(entry_id)
             if entry is not None and entry.broken is not None:
                 await self._repairer.recover(job, entry)
@@ -103,12 +106,16 @@ class Ensurer:
         job.move(JobState.DONE)
 
     async def _fill(self, job: Job, plan: FillPlan) -> None:
-        self._lookup.plans[plan.id] = plan
-        try:
-            entry = await self._fetcher.fill(job, plan)
-        finally:
-            self._lookup.plans.pop(plan.id, None)
+        job.plan = plan
+        entry = await self._fetcher.fill(job, plan)
         await self._take_names(entry, plan.names)
+        log.info(
+            "filled: %s fetched of %s in %.1f s",
+            human(job.tally.fetched),
+            human(plan.size),
+            clock.monotonic() - job.began,
+            extra={"facts": {"model": str(plan.id), "job": job.id}},
+        )
         self._do.counters.fills += 1
         self._do.counters.fill_seconds_sum += clock.monotonic() - job.began
 

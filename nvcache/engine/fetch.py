@@ -160,7 +160,7 @@ class Fetcher:
                 entry = await self._do.disk.call(self._publish, plan, files, warnings, job)
         except NvcacheError as error:
             if error.code is Code.DISK_FULL:
-                await self._do.disk.call(self._give_back, plan)
+                await self._do.disk.call(self.give_back, plan)
             elif not error.retryable:
                 await self._do.disk.call(self._do.catalog.remove_plan, plan.id)  # what was fetched stays until the room is needed
             raise
@@ -168,8 +168,8 @@ class Fetcher:
         await self._do.ledger.measure()
         return entry
 
-    def _give_back(self, plan: FillPlan) -> None:
-        """Drop a plan and what was fetched for it alone: somebody else needs the disk more."""
+    def give_back(self, plan: FillPlan) -> None:
+        """Drop a plan that nobody carries out, and what was fetched for it alone. Blocks."""
         self._do.catalog.remove_plan(plan.id)
         wanted = {ingest_key(file.token, file.size) for other in self._do.catalog.plans().values() for file in other.files}
         for file in plan.files:

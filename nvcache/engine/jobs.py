@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
+from nvcache.core.plan import FillPlan
 from nvcache.core.ref import EntryId, Ref
 from nvcache.core.states import JOB_MOVES, JobState
 from nvcache.engine import clock
@@ -103,6 +104,7 @@ class Job:
     bad_files: tuple[str, ...] = ()
     tally: Tally = field(default_factory=Tally)
     task: asyncio.Task[None] | None = None
+    plan: FillPlan | None = None  # of a fill, once there is one
     leader: Job | None = None  # the job whose work this one waits for
 
     def move(self, state: JobState) -> None:
@@ -195,6 +197,18 @@ class Jobs:
         """The jobs about an entry, oldest first."""
         return self._by_entry.get(entry, [])
 
+    def forget(self, entry: EntryId) -> None:
+        """Drop the ended jobs about `entry` from memory."""
+        for job in [job for job in self._by_entry.get(entry, []) if job.state.ended]:
+            self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        del self._jobs[job.id]
+        if job.entry is not None:
+            self._by_entry[job.entry].remove(job)
+            if not self._by_entry[job.entry]:
+                del self._by_entry[job.entry]
+
     def entries(self) -> list[EntryId]:
         """Every entry some remembered job is about."""
         return list(self._by_entry)
@@ -222,9 +236,5 @@ class Jobs:
         excess = len(self._jobs) - KEEP_COUNT
         for job in ended:
             if (job.ended_at is not None and job.ended_at < horizon) or excess > 0:
-                del self._jobs[job.id]
+                self._drop(job)
                 excess -= 1
-                if job.entry is not None:
-                    self._by_entry[job.entry].remove(job)
-                    if not self._by_entry[job.entry]:
-                        del self._by_entry[job.entry]

@@ -10,8 +10,7 @@ import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from nvcache.core.plan import FillPlan
-from nvcache.core.ref import EntryId, parse_name
+from nvcache.core.ref import EntryId, Ref, SlugName, parse_name
 from nvcache.core.states import MODEL_STATE_OF_JOB, JobState, ModelState
 from nvcache.engine import clock
 from nvcache.engine.blocking import DaemonExecutor
@@ -34,12 +33,11 @@ class Lookup:
         self._doubt = doubt
         self._checks = DaemonExecutor("check", 4)
         self._checking: dict[EntryId, asyncio.Task[bool]] = {}
-        self.plans: dict[EntryId, FillPlan] = {}  # of fills under way: what is known of an entry before it has a manifest
 
     async def model(self, name: str) -> ModelStatus:
         """The entry a name means, checked. Raises `RequestError` (bad-reference, unknown-model)."""
         wanted = parse_name(name)
-        entry_id = self._do.shelf.find(wanted) or self._in_making(wanted.slug, wanted.revision)
+        entry_id = self._do.shelf.find(wanted) or self._in_making(wanted)
         if entry_id is None:
             raise unknown(wanted)
         entry = self._do.shelf.entries.get(entry_id)
@@ -126,7 +124,7 @@ class Lookup:
 
     def _of_job(self, entry_id: EntryId, job: Job) -> ModelStatus:
         shown = job.status()
-        plan = self.plans.get(entry_id)
+        plan = job.plan
         return ModelStatus(
             entry=str(entry_id),
             ref=str(plan.ref if plan else job.ref.at(entry_id.revision)),
@@ -156,8 +154,15 @@ class Lookup:
         job = self._job_of(entry_id)
         return job is not None and job.state not in (JobState.CANCELLED, JobState.DONE)
 
-    def _in_making(self, slug: str, revision: str | None) -> EntryId | None:
+    def unfinished(self, name: Ref | SlugName) -> Job | None:
+        """The job of an entry that has no manifest: under way, failed or cancelled."""
         for entry_id in reversed(self._jobs.entries()):
-            if entry_id.slug == slug and revision in (None, entry_id.revision, *(job.ref.revision for job in self._jobs.of(entry_id))):
-                return entry_id if self._tells(entry_id) else None
+            if entry_id.slug == name.slug and entry_id not in self._do.shelf.entries:
+                revisions = (None, entry_id.revision, *(job.ref.revision for job in self._jobs.of(entry_id)))
+                if name.revision in revisions:
+                    return self._job_of(entry_id)
         return None
+
+    def _in_making(self, name: Ref | SlugName) -> EntryId | None:
+        job = self.unfinished(name)
+        return job.entry if job is not None and job.entry is not None and self._tells(job.entry) else None

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from nvcache.core.manifest import File
 from nvcache.core.plan import FillPlan, Priority, RemoteFile
+from nvcache.core.space import human
 from nvcache.core.states import JobState
 from nvcache.engine import clock
 from nvcache.engine.context import Context
@@ -49,6 +50,7 @@ class Repairer:
             await self._do.disk.call(self._do.catalog.write_state, entry.id, state)
             entry.state = state
             self._do.changed(entry.id)
+            log.info("verified: every byte is right", extra={"facts": {"model": str(entry.id), "job": job.id}})
             return
         job.bad_files = tuple(file.path for file in entry.manifest.files if file.sha256 in bad)
         job.repaired_chunks = sum(map(len, bad.values()))
@@ -99,6 +101,7 @@ class Repairer:
         for file in entry.manifest.files:
             await self._seed(job, plan, entry, file)
         mended = await self._fetcher.fill(job, plan)
+        log.info("repaired: %s fetched", human(job.tally.fetched), extra={"facts": {"model": str(entry.id), "job": job.id}})
         for other in self._do.shelf.sharing(mended.manifest.blobs):
             if other.broken is not None and other.id != mended.id and await self._do.disk.call(self._whole, other):
                 await self._do.disk.call(self._republish, other)

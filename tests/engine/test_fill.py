@@ -60,6 +60,9 @@ def test_wrong_bytes_twice_are_never_shown(bed: Bed, file: str) -> None:
             assert bed.shown() == {}
             assert (await engine.model("acme/m")).state is ModelState.FAILED
             assert (await engine.model("acme/m")).path is None
+            await engine.remove("acme/m")
+            assert engine.models() == []
+            assert engine.space().used == 0
 
     run(test())
 

@@ -244,6 +244,11 @@ def test_cancelling_a_stalled_fetch_is_quick_and_final(bed: Bed) -> None:
             ended = await engine.cancel(job.id)
             assert ended.state is JobState.CANCELLED
             stall.released.set()
+            assert await until(lambda: engine.space().used, bool)
+            gone = await engine.remove("acme/m")
+            assert gone.state is ModelState.ABSENT
+            assert engine.space().used == 0
+            assert engine.jobs() == []
         async with bed.engine() as engine:
             assert engine.models() == []
 
