@@ -26,7 +26,10 @@ from nvcache.errors import NvcacheError
 PROGRAM = "nvcache"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+NAMES = "REF: org/name[@revision], file:///dir, or a model as `nvcache ls` shows it."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, epilog=NAMES)
 @click.option("--url", metavar="URL", help="the daemon: unix:///path.sock or http://host:port (NVCACHE_URL)")
 @click.option("--socket", metavar="PATH", help="the daemon's Unix socket (NVCACHE_SOCKET)")
 @click.option("--debug", is_flag=True, help="show the trace of errors", expose_value=False)
@@ -46,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         return int(cli.main(arguments, prog_name=PROGRAM, standalone_mode=False) or Exit.OK)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return Exit.USAGE
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else PROGRAM
         output.complain(f"cannot run {command}: {error.format_message()}", f"`{command} --help` shows how")

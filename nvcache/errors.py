@@ -96,9 +96,9 @@ class CodeFacts:
 
 FACTS: dict[Code, CodeFacts] = {
     Code.BAD_REFERENCE: CodeFacts("the model reference cannot be read", "write it as hf://org/name[@revision], org/name or file:///absolute/dir"),
-    Code.BAD_REQUEST: CodeFacts("the request is not of the API's form", "see /docs for the fields this call takes"),
+    Code.BAD_REQUEST: CodeFacts("the request is not of the API's form", "`GET /openapi.json` names the fields this call takes"),
     Code.UNKNOWN_MODEL: CodeFacts("the node has no such model", "make it ready with `nvcache warm REF`; `nvcache ls` shows what is here"),
-    Code.UNKNOWN_JOB: CodeFacts("no such job", "jobs are kept for an hour; `GET /v1/jobs` lists them"),
+    Code.UNKNOWN_JOB: CodeFacts("no such job", "jobs are kept for an hour; `nvcache jobs` lists them"),
     Code.UNKNOWN_LEASE: CodeFacts("no such lease; it was released or ran out", "take a new lease before loading"),
     Code.AMBIGUOUS_REVISION: CodeFacts("several revisions of the model are here", "name one as <slug>@<revision>"),
     Code.NOT_READY: CodeFacts("the model is not ready yet", "wait for it: `nvcache warm REF`", retryable=True),
@@ -106,8 +106,11 @@ FACTS: dict[Code, CodeFacts] = {
     Code.PINNED: CodeFacts("the model is pinned", "run `nvcache unpin REF` first"),
     Code.IN_USE: CodeFacts("a process on the node has the model open", "stop the process that reads it", retryable=True),
     Code.ALIAS_CONFLICT: CodeFacts("the alias names another source's model", "choose another alias or remove the other model"),
-    Code.NOT_ALLOWED: CodeFacts("this socket may not do that", "ask the operator for an `allow` pattern, or use the admin socket"),
-    Code.UNAUTHORIZED: CodeFacts("the bearer token is missing or wrong", "send Authorization: Bearer with the daemon's token"),
+    Code.NOT_ALLOWED: CodeFacts("this socket may not do that", "run as the daemon's user, or name the admin socket with --socket"),
+    Code.UNAUTHORIZED: CodeFacts(
+        "the bearer token is missing or wrong",
+        "name the file with the daemon's token in NVCACHE_TOKEN_FILE; other clients send Authorization: Bearer",
+    ),
     Code.BAD_CONFIG: CodeFacts("the settings cannot be used", "correct the setting named in the message"),
     Code.STORE_FOREIGN: CodeFacts("the store directory holds something else", "name an empty directory, or one that nvcache made"),
     Code.STORE_FORMAT: CodeFacts("the store has a format this version does not know", "use the nvcache version that wrote it, or another directory"),

@@ -229,6 +229,16 @@ def proxies(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     return found
 
 
+def proxy_hosts(proxies: Mapping[str, str]) -> dict[str, str]:
+    """The `host[:port]` of each proxy by scheme, which may be shown: user names and passwords are left out."""
+    found: dict[str, str] = {}
+    for scheme, url in proxies.items():
+        if scheme != "no":
+            rest = url.partition("://")[2] or url
+            found[scheme] = re.split(r"[/?#]", rest.rpartition("@")[2])[0]
+    return found
+
+
 def child_environment(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a worker process is given: no secret, no proxy; those reach it by its control pipe."""
     env = current() if environ is None else environ

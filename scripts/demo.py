@@ -60,7 +60,11 @@ class Story:
         """Add a line; with bytes and seconds it has a rate."""
         speed = rate(moved / seconds) if moved and seconds else ""
         self.rows.append((step, what, "" if seconds is None else duration(seconds), speed))
-        console.print(f"  [green]✓[/] {step}: {what}")
+        line = Table.grid(padding=(0, 1))
+        line.add_column(style="green", no_wrap=True)
+        line.add_column()
+        line.add_row("  ✓", Text(f"{step}: {what}"))
+        console.print(line)
 
     def show(self) -> None:
         """The table."""

@@ -21,7 +21,8 @@ INTRO = """\
 `{name}` — {summary}
 
 stdout carries what was asked for and nothing else; progress, warnings and errors go to stderr. Errors read `nvcache: cannot …: why` with a `hint:`
-line below. `REF` is `hf://org/name[@revision]`, `org/name[@revision]`, `file:///absolute/dir`, or an entry as `nvcache ls` shows it.
+line below. `REF` is `hf://org/name[@revision]`, `org/name[@revision]` or `file:///absolute/dir`; for a model that is here also its entry or slug, as
+`df` and `show` print them. The revision of a model that is here may be cut to its first 7 digits or more: `org/name@cef110c9f631`, as `ls` shows it.
 """
 
 ENVIRONMENT = """\
@@ -56,10 +57,11 @@ EXAMPLES = """\
 
 ```sh
 nvcache serve &                                       # a daemon of one's own, no root
-DIR=$(nvcache warm Qwen/Qwen3-0.6B)                   # wait until it is ready, keep its directory
+DIR=$(nvcache warm --wait-daemon 10 Qwen/Qwen3-0.6B)  # wait until it is ready, keep its directory
 nvcache warm org/name@v1.2 --timeout 600 --json       # for scripts: one object, exit code by cause
 nvcache warm org/name --dry-run                       # what would be fetched, and does it fit
 vllm serve "$(nvcache path org/name)"                 # load what is there; exit 3 if it is not
+nvcache rm org/name@cef110c9f631                      # one revision, by the digits that `nvcache ls` shows
 HF_HUB_CACHE=$(nvcache path --hub org/name) HF_HUB_OFFLINE=1 python app.py
 nvcache verify org/name                               # re-read, mend bad chunks
 eval "$(nvcache completion bash)"

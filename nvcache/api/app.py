@@ -29,7 +29,8 @@ Callers of a Unix socket are known by their credentials; over TCP send `Authoriz
 
 def create_app(engine: Engine) -> FastAPI:
     """The application. `app.state.lifecycle` lets whoever runs it end the requests in flight."""
-    app = FastAPI(title="nvcache", version=engine.version, description=DESCRIPTION, redirect_slashes=False)
+    # The pages that show the document in a browser load scripts from a CDN; nodes have no business there.
+    app = FastAPI(title="nvcache", version=engine.version, description=DESCRIPTION, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.engine = engine
     app.state.gate = Gate(engine.settings, os.geteuid())
     app.state.lifecycle = Lifecycle()

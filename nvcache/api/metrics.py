@@ -63,7 +63,10 @@ class EngineCollector(Collector):
         yield _gauge("nvcache_models", "models by state", [({"state": state}, float(states[state])) for state in ModelState])
         yield _gauge("nvcache_leases", "leases held", [({}, float(len(self._engine.leases())))])
         jobs = Counter((job.kind, job.state) for job in self._engine.jobs() if not job.state.ended)
-        yield _gauge("nvcache_jobs", "jobs under way", [({"kind": kind, "state": state}, float(count)) for (kind, state), count in jobs.items()])
+        under_way = GaugeMetricFamily("nvcache_jobs", "jobs under way", labels=["kind", "state"])
+        for (kind, state), count in jobs.items():
+            under_way.add_metric([kind, state], count)
+        yield under_way
         running = [model.progress for model in models if model.progress]
         yield _gauge("nvcache_fill_rate_bytes", "bytes per second arriving for all running fills", [({}, sum(p.rate for p in running))])
 
@@ -93,7 +96,7 @@ def render(own: CollectorRegistry) -> bytes:
 
 
 def _gauge(name: str, text: str, samples: list[tuple[dict[str, str], float]]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, text, labels=list(samples[0][0]) if samples else [])
+    family = GaugeMetricFamily(name, text, labels=list(samples[0][0]))
     for labels, value in samples:
         family.add_metric(list(labels.values()), value)
     return family

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from nvcache.core.manifest import Check, Selection
+from nvcache.core.names import UNPRINTABLE
 from nvcache.core.plan import Priority
 from nvcache.core.ref import Ref, Scheme, parse_ref
 from nvcache.core.states import JobState, ModelState
@@ -31,7 +32,10 @@ class _Asked(BaseModel):
 class Wish(_Asked):
     """Make a model ready."""
 
-    ref: Annotated[str, Field(max_length=4096, description="hf://org/name[@revision], org/name or file:///dir", examples=[EXAMPLE_REF])]
+    ref: Annotated[
+        str,
+        Field(max_length=4096, description="hf://org/name[@revision], org/name or file:///dir; a slug or entry that is here", examples=[EXAMPLE_REF]),
+    ]
     revision: Annotated[str | None, Field(max_length=200, description="branch, tag or commit; instead of the part after @")] = None
     include: Annotated[list[Pattern], Field(max_length=1000, description="shell patterns of files to take; none: the default set")] = []
     exclude: Annotated[list[Pattern], Field(max_length=1000, description="shell patterns of files to leave out")] = []
@@ -65,7 +69,7 @@ class Wish(_Asked):
 class LeaseWish(_Asked):
     """Hold a model while it is loaded."""
 
-    holder: Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$", description="who holds it, for people", examples=["vllm-0"])] = ""
+    holder: Annotated[str, Field(max_length=200, pattern=f"^[^{UNPRINTABLE}]*$", description="who holds it, for people", examples=["vllm-0"])] = ""
     ttl_s: Annotated[float | None, Field(gt=0, le=86400, allow_inf_nan=False, description="seconds it lives unless renewed")] = None
 
 
@@ -263,6 +267,25 @@ class Stripe(BaseModel):
     """What the store lies on."""
 
     model_config = ConfigDict(extra="allow")
+
+
+class SourceView(BaseModel):
+    """One kind of source as the daemon reaches it."""
+
+    scheme: Scheme
+    endpoint: str | None = Field(description="None where there is none: directories")
+    token: bool = Field(description="whether the daemon has one")
+    proxies: dict[str, str] = Field(
+        description="host[:port] by scheme (http, https, all); credentials are left out", examples=[{"https": "proxy:3128"}]
+    )
+    no_proxy: bool = Field(description="whether NO_PROXY makes exceptions")
+    xet: bool = Field(description="whether files over 50 GB can be had")
+
+
+class Sources(BaseModel):
+    """Where models come from."""
+
+    sources: list[SourceView]
 
 
 class Health(BaseModel):

@@ -40,6 +40,9 @@ class Scope(IntEnum):
     ADMIN = 3
 
 
+_MAY = {Scope.READ: "may only look", Scope.POD: "may only ask, warm and lease"}
+
+
 class _Socket(Protocol):
     @property
     def family(self) -> int: ...
@@ -93,15 +96,17 @@ class Gate:
         self._listen_scope = Scope[settings.listen_scope.upper()]
         self._allow = settings.allow
 
-    async def admit(self, request: Request, need: Scope) -> Caller:
-        """The caller, if it may do what needs `need`. Raises `RequestError`: unauthorized (no or wrong token), not-allowed (scope too small)."""
+    async def admit(self, request: Request, need: Scope, doing: str) -> Caller:
+        """The caller, if it may do what needs `need`; `doing` says that in words ("pin hf--org--name").
+
+        Raises `RequestError`: unauthorized (no or wrong token), not-allowed (scope too small).
+        """
         peer = request.scope["state"].get(PEER) or Peer(None)
         caller = await self._bearer(request) if peer.path is None else self._local(peer)
         if caller.scope < need:
-            raise RequestError(
-                Code.NOT_ALLOWED,
-                f"cannot {request.method} {request.url.path}: it needs scope {need.name.lower()} and this caller has {caller.scope.name.lower()}",
-            )
+            remote = peer.path is None
+            hint = "ask on the daemon's Unix socket, or have the operator raise listen_scope" if remote else None
+            raise RequestError(Code.NOT_ALLOWED, f"cannot {doing}: this {'token' if remote else 'socket'} {_MAY[caller.scope]}", hint=hint)
         return caller
 
     def may_warm(self, caller: Caller, ref: Ref) -> bool:

@@ -215,10 +215,11 @@ def _check_token(path: Path | None) -> None:
 def _announce(engine: Engine, listeners: list[Listener]) -> None:
     """One line on stdout for whoever waits for it, the addresses in the log."""
     for listener in listeners:
-        log.info("listening", extra={"facts": {"address": str(listener.path or listener.sock.getsockname())}})
-    settings = engine.settings
+        log.info("listening on %s", listener.url)
+    count = len(engine.models())
+    where = ", ".join(listener.url for listener in listeners if listener.path != engine.settings.admin_socket or listener.path is None)
     print(  # noqa: T201 - the interface scripts wait for
-        f"nvcache {__version__} ready on unix://{settings.socket} store {settings.store} ({len(engine.models())} models)", flush=True
+        f"nvcache {__version__} ready on {where}; store {engine.settings.store} ({count} model{'' if count == 1 else 's'})", flush=True
     )
 
 

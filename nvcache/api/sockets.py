@@ -31,6 +31,14 @@ class Listener:
     path: Path | None = None
     inode: tuple[int, int] = (0, 0)
 
+    @property
+    def url(self) -> str:
+        """Where it listens, as clients write it; with the port that was really bound."""
+        if self.path is not None:
+            return f"unix://{self.path}"
+        host, port = self.sock.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
     def remove(self) -> None:
         """Close it, and unlink its path if that is still ours."""
         self.sock.close()

@@ -1,14 +1,13 @@
 """What `doctor` looks at on this machine: each check states facts, a verdict and a remedy. It changes nothing but a probe file it removes again.
 
-Everything is as this shell sees it; a daemon run by systemd or Kubernetes has an environment of its own. No secret is ever part of a finding.
+The machine is as this shell sees it. Where models come from is as the daemon says: run by systemd or Kubernetes it has an environment of its own.
+While none answers, this shell's is told instead. No secret is ever part of a finding.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.metadata
-import importlib.util
 import mmap
 import os
 import resource
@@ -19,18 +18,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from nvcache.cli.output import size
-
-if TYPE_CHECKING:
-    from nvcache.settings import Settings
 
 GOOD_FILE_SYSTEMS = frozenset({"ext4", "xfs"})
 POOR_FILE_SYSTEMS = {"tmpfs": "it keeps the weights in memory", "overlay": "it is a container's own layer, slow and lost with the container"}
@@ -186,28 +180,29 @@ def socket(path: Path) -> Finding:
     if not stat.S_ISSOCK(facts.st_mode):
         return fail("socket", f"{path} is not a socket", "remove it, or name another with NVCACHE_SOCKET")
     if not os.access(path, os.W_OK):
-        return fail("socket", f"{detail}: uid {os.geteuid()} may not connect", f"join the group {facts.st_gid}, or run as its owner")
+        return fail("socket", f"{detail}: uid {os.geteuid()} may not connect", f"join its group ({facts.st_gid}), or run as its owner")
     return warn("socket", f"{detail}: everybody may connect", "give it mode 0660 and a group") if mode & stat.S_IWOTH else ok("socket", detail)
 
 
-def hub(settings: Settings, token: str | None, proxies: dict[str, str]) -> Iterator[Finding]:
-    """The Hub's endpoint asked once, within 3 seconds, name look-up included; the token's presence; the clock against the Hub's."""
+def hub(where: str, ca_file: Path | None, proxies: Mapping[str, str]) -> Iterator[Finding]:
+    """The Hub at `where` asked once from this shell, within 3 seconds, name look-up included; the clock against the Hub's."""
     found: list[Finding] = []
-    asker = threading.Thread(target=lambda: found.extend(_ask_hub(settings, proxies)), name="doctor-hub", daemon=True)
+    asker = threading.Thread(target=lambda: found.extend(_ask_hub(where, ca_file, proxies)), name="doctor-hub", daemon=True)
     asker.start()
     asker.join(HUB_WAIT)
-    yield from list(found) or [
-        warn("hub", f"{settings.hf_endpoint} does not answer within {HUB_WAIT:g} s", "check DNS, HTTPS_PROXY/NO_PROXY and egress rules")
-    ]
-    yield ok("hub token", "set for this command" if token else "none for this command; the daemon needs one for gated and private models")
+    yield from list(found) or [warn("hub", f"{where} does not answer within {HUB_WAIT:g} s", "check DNS, HTTPS_PROXY/NO_PROXY and egress rules")]
 
 
-def _ask_hub(settings: Settings, proxies: dict[str, str]) -> Iterator[Finding]:
-    where = settings.hf_endpoint
-    context = ssl.create_default_context(cafile=str(settings.ca_file)) if settings.ca_file else ssl.create_default_context()
+def token(present: bool) -> Finding:
+    """Whether there is a Hub token."""
+    return ok("hub token", "set" if present else "none; gated and private models need one (HF_TOKEN or HF_TOKEN_PATH of the daemon)")
+
+
+def _ask_hub(where: str, ca_file: Path | None, proxies: Mapping[str, str]) -> Iterator[Finding]:
+    context = ssl.create_default_context(cafile=str(ca_file)) if ca_file else ssl.create_default_context()
     through = {scheme: url for scheme, url in proxies.items() if scheme in ("http", "https")}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(through or None), urllib.request.HTTPSHandler(context=context))
-    request = urllib.request.Request(f"{settings.hf_endpoint.rstrip('/')}/api/models?limit=1", headers={"User-Agent": "nvcache-doctor"})  # noqa: S310 - settings allow http(s) only
+    request = urllib.request.Request(f"{where.rstrip('/')}/api/models?limit=1", headers={"User-Agent": "nvcache-doctor"})  # noqa: S310 - settings allow http(s) only
     try:
         with opener.open(request, timeout=HUB_WAIT) as answer:
             date = answer.headers.get("Date")
@@ -236,17 +231,17 @@ def _clock(skew: float) -> Finding:
     )
 
 
-def proxy(proxies: dict[str, str]) -> Finding:
-    """Which proxies are set; hosts only, for the URLs may hold passwords."""
-    named = [f"{scheme} via {urlsplit(url if '//' in url else f'//{url}').hostname}" for scheme, url in proxies.items() if scheme != "no"]
-    return ok("proxies", ", ".join(named) + (" with exceptions (NO_PROXY)" if "no" in proxies else "") if named else "none")
+def proxy(hosts: Mapping[str, str], exceptions: bool) -> Finding:
+    """Which proxies are set, by host."""
+    named = ", ".join(f"{scheme} via {host}" for scheme, host in hosts.items())
+    return ok("proxies", f"{named}{' with exceptions (NO_PROXY)' if exceptions else ''}" if named else "none")
 
 
-def xet() -> Finding:
+def xet(present: bool) -> Finding:
     """The optional client for files over 50 GB."""
-    if importlib.util.find_spec("hf_xet") is None:
-        return warn("hf_xet", "is not installed: files over 50 GB on the Hub cannot be had", "pip install 'nvcache[xet]'")
-    return ok("hf_xet", importlib.metadata.version("hf_xet"))
+    if present:
+        return ok("hf_xet", "is installed")
+    return warn("hf_xet", "is not installed: files over 50 GB on the Hub cannot be had", "pip install 'nvcache[xet]'")
 
 
 def descriptors() -> Finding:

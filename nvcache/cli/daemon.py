@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,14 +11,17 @@ from urllib.parse import quote, urlencode
 
 import click
 
-from nvcache.cli.exits import Exit, exit_of
+from nvcache.cli import output
+from nvcache.cli.exits import Exit, exit_of, worst
 from nvcache.client import Client, Problem
-from nvcache.core.ref import SlugName, parse_name
+from nvcache.core.ref import SlugName, parse_name, shortened
 from nvcache.environment import client_url, unix_url
 from nvcache.errors import FACTS, Code, ConfigError, NvcacheError
 
+LOOK_SECONDS = 5.0  # look-ups are answered from memory
 ANSWER_SECONDS = 35.0  # the daemon bounds its answers at 30
 SOURCE_SECONDS = 155.0  # and at 150 where it asks the source first
+LAST_SECONDS = 0.01  # what a request gets when the time is over
 
 Json = dict[str, Any]
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -43,42 +47,77 @@ class Daemon:
     def __init__(self, url: str) -> None:
         """Raises `ConfigError` (bad-config) for a URL of another form."""
         self.url = url
+        self._left: Callable[[], float] = lambda: math.inf
         try:
             self._client = Client(url)
         except ValueError as error:
             raise ConfigError(Code.BAD_CONFIG, str(error), hint="write unix:///path.sock or http://host:port") from error
 
-    def get(self, path: str, **query: str) -> Json:
+    def within(self, left: Callable[[], float]) -> None:
+        """From now on no request waits longer than the seconds that `left` says when it is made."""
+        self._left = left
+
+    def get(self, path: str, *, timeout: float = LOOK_SECONDS, **query: str) -> Json:
         """GET `path`, JSON object back."""
-        return self._client.request("GET", f"{path}?{urlencode(query)}" if query else path)
+        return self._ask("GET", f"{path}?{urlencode(query)}" if query else path, timeout=timeout)
 
     def post(self, path: str, body: Json | None = None) -> Json:
         """POST `body` to `path`, JSON object back. A dry run asks the source before it answers and is given the time."""
-        return self._client.request("POST", path, body, timeout=SOURCE_SECONDS if body and body.get("dry_run") else ANSWER_SECONDS)
-
-    def put(self, path: str) -> Json:
-        """PUT without a body."""
-        return self._client.request("PUT", path, timeout=ANSWER_SECONDS)
+        return self._ask("POST", path, body, timeout=SOURCE_SECONDS if body and body.get("dry_run") else ANSWER_SECONDS)
 
     def delete(self, path: str) -> Json:
         """DELETE."""
-        return self._client.request("DELETE", path, timeout=ANSWER_SECONDS)
+        return self._ask("DELETE", path)
 
     def model(self, name: str) -> Json:
         """The model that a reference, a slug or an entry names. Raises unknown-model."""
         return self.get("/v1/models", ref=name)
 
-    def place(self, name: str) -> str:
-        """The URL path of the model `name` names; asks the daemon only for a moving revision such as a branch.
+    def on(self, method: str, name: str, call: str = "") -> Json:
+        """A call on the model that `name` names, such as PUT …/pin. Problems name the model as it was typed."""
+        entry = self._entry(name)
+        try:
+            return self._ask(method, f"/v1/models/{quote(entry, safe='@')}{call}")
+        except Problem as problem:
+            problem.detail = problem.detail.replace(entry, name)
+            raise
+
+    def _ask(self, method: str, path: str, body: Json | None = None, *, timeout: float = ANSWER_SECONDS) -> Json:
+        return self._client.request(method, path, body, timeout=max(LAST_SECONDS, min(timeout, self._left())))
+
+    def _entry(self, name: str) -> str:
+        """The entry or slug of `name`; asks the daemon only where the revision moves (a branch) or may be short.
 
         A name without a revision stays without one, so that the daemon can refuse what is ambiguous.
         """
         parsed = parse_name(name)
-        if isinstance(parsed, SlugName) or parsed.revision is None or parsed.pinned:
-            entry = parsed.slug if parsed.revision is None else f"{parsed.slug}@{parsed.revision}"
+        if shortened(parsed) is None and (isinstance(parsed, SlugName) or parsed.revision is None or parsed.pinned):
+            return parsed.slug if parsed.revision is None else f"{parsed.slug}@{parsed.revision}"
+        return str(self.model(name)["entry"])
+
+
+def each(refs: Sequence[str], act: Callable[[str], Json], show: Callable[[Json], str], *, json_: bool) -> Exit:
+    """Do `act` to every one of `refs`, also after an error, and print a line for each; returns the worst exit code."""
+    exits = []
+    for ref in refs:
+        try:
+            done = act(ref)
+        except (Problem, NvcacheError) as error:
+            exits.append(failed(ref, problem_of(error), json_=json_))
+            continue
+        if json_:
+            output.as_json(done, line=True)
         else:
-            entry = self.model(name)["entry"]
-        return f"/v1/models/{quote(entry, safe='@')}"
+            click.echo(show(done))
+    return worst(exits)
+
+
+def failed(ref: str, problem: Json, *, json_: bool) -> Exit:
+    """Tell what went wrong with one of several models; returns its exit code."""
+    if json_:
+        output.as_json({"ref": ref, "state": "failed", "error": problem}, line=True)
+    output.complain(problem["detail"], problem.get("hint"))
+    return exit_for(problem)
 
 
 def problem_of(error: Problem | NvcacheError) -> Json:

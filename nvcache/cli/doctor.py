@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -21,6 +22,9 @@ from nvcache.errors import ConfigError
 if TYPE_CHECKING:
     from nvcache.cli.checks import Finding
     from nvcache.settings import Settings
+
+
+THIS_SHELL = " (this shell)"
 
 
 @click.command()
@@ -61,12 +65,29 @@ def examine(config: Path | None, asked: Daemon) -> Iterator[Finding]:
     root = (yield from _daemon(asked)) or (chosen.store if chosen else None)
     if root:
         yield from checks.store(root)
-    proxies = settings.proxies()
-    yield checks.proxy(proxies)
-    if chosen:
-        yield from checks.hub(chosen, settings.hub_token(chosen), proxies)
-    yield checks.xet()
+    yield from _sources(asked, chosen)
     yield checks.descriptors()
+
+
+def _sources(asked: Daemon, chosen: Settings | None) -> Iterator[Finding]:
+    """The Hub, its token, proxies and Xet as the daemon says; as this shell would have them, and marked so, when it does not."""
+    from nvcache import settings
+    from nvcache.cli import checks
+
+    through = settings.proxies()
+    try:
+        (hub,) = [source for source in asked.get("/v1/sources")["sources"] if source["scheme"] == "hf"]
+        mark = ""
+    except (Problem, KeyError, ValueError):
+        if chosen is None:
+            return
+        hub = {"endpoint": chosen.hf_endpoint, "token": settings.hub_token(chosen) is not None, "no_proxy": "no" in through}
+        hub |= {"proxies": settings.proxy_hosts(through), "xet": importlib.util.find_spec("hf_xet") is not None}
+        mark = THIS_SHELL
+    for finding in (checks.proxy(hub["proxies"], hub["no_proxy"]), checks.token(hub["token"]), checks.xet(hub["xet"])):
+        yield replace(finding, detail=finding.detail + mark)
+    for finding in checks.hub(hub["endpoint"], chosen.ca_file if chosen else None, through):
+        yield replace(finding, detail=finding.detail + THIS_SHELL) if finding.check == "hub" else finding  # it is asked from here in any case
 
 
 def _daemon(asked: Daemon) -> Generator[Finding, None, Path | None]:

@@ -98,6 +98,7 @@ class Follower:
         self._pause = pause
         self._clock = clock
         self._began = clock()
+        daemon.within(self._left)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Return when every task has ended; those that have not when the time is over end with `timeout`."""

@@ -6,18 +6,28 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nvcache.cli import output
-from nvcache.cli.daemon import Json, connected, daemon
+from nvcache.cli import complete, output
+from nvcache.cli.complete import SHORT
+from nvcache.cli.daemon import Json, connected, daemon, each, failed, problem_of
+from nvcache.cli.exits import Exit
+from nvcache.client import Problem
 from nvcache.errors import Code, RequestError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-SHORT = 12  # digits of a revision or a digest where it stands for itself
+WIDE = 110  # columns that the whole table of `ls` takes
+DIGEST_ROW = 64 + 9 + 15 + 3 * 2  # columns of a file's row in `show` besides its path: SHA-256, size, check, gaps
 BAR = 50  # columns of the bar `df` draws
 BIGGEST = 10  # models `df` names
 
+COLUMNS = ("MODEL", "REVISION", "STATE", "SIZE", "FILES", "VERIFIED", "LAST USED", "PIN", "LEASES")
+HOLDS_BYTES = frozenset({"ready", "degraded"})
+
 json_option = click.option("--json", "json_", is_flag=True, help="the daemon's answer as JSON")
+each_json_option = click.option("--json", "json_", is_flag=True, help="one JSON object a model, one a line")
+ref_argument = click.argument("ref", shell_complete=complete.refs)
+refs_argument = click.argument("refs", nargs=-1, required=True, metavar="REF...", shell_complete=complete.refs)
 
 
 @click.command("ls")
@@ -32,15 +42,17 @@ def ls(*, json_: bool) -> None:
     if not answer["models"]:
         output.say("no models yet; `nvcache warm org/name` fetches one")
         return
-    output.table(
-        ["MODEL", "REVISION", "STATE", "SIZE", "FILES", "VERIFIED", "LAST USED", "PIN", "LEASES"],
-        [_row(model) for model in sorted(answer["models"], key=lambda model: (model["ref"], model["revision"]))],
-        right=["SIZE", "FILES", "LEASES"],
-    )
+    rows = [_row(model) for model in sorted(answer["models"], key=lambda model: (model["ref"], model["revision"]))]
+    shown = list(range(len(COLUMNS)))
+    if output.width() < WIDE:
+        rows = [(str(row[0]).removeprefix("hf://"), *row[1:]) for row in rows]
+        shown = [index for index in shown if any(str(row[index]) not in ("", "-") for row in rows)]
+    names = [COLUMNS[index] for index in shown]
+    output.table(names, [[row[index] for index in shown] for row in rows], right=["SIZE", "FILES", "LEASES"], whole=["REVISION", "SIZE"])
 
 
 @click.command()
-@click.argument("ref")
+@ref_argument
 @json_option
 @connected
 def show(ref: str, *, json_: bool) -> None:
@@ -58,15 +70,28 @@ def show(ref: str, *, json_: bool) -> None:
 
 
 @click.command("path")
-@click.argument("ref")
+@ref_argument
 @click.option("--hub", is_flag=True, help="the directory to set as HF_HUB_CACHE instead")
+@click.option("--json", "json_", is_flag=True, help="the model as JSON, or the error")
 @connected
-def path(ref: str, *, hub: bool) -> None:
+def path(ref: str, *, hub: bool, json_: bool) -> int:
     """Print the directory of a ready model.
 
-    Exit 3, and nothing on stdout, if it is not ready.
+    Exit 3, and nothing on stdout but what --json asks for, if it is not ready.
     """
-    model = daemon().model(ref)
+    try:
+        model = _usable(ref, daemon().model(ref), hub=hub)
+    except (Problem, RequestError) as error:
+        return failed(ref, problem_of(error), json_=json_)
+    if json_:
+        output.as_json(model, line=True)
+    else:
+        click.echo(model["hub_cache"] if hub else model["path"])
+    return Exit.OK
+
+
+def _usable(ref: str, model: Json, *, hub: bool) -> Json:
+    """The model, if it has the path that is wanted. Raises `RequestError` (not-ready)."""
     if model["state"] != "ready":
         raise RequestError(Code.NOT_READY, f"cannot give a path for {model['ref']}: it is {model['state']}", hint=f"run `nvcache warm {ref}`")
     if hub and not model["hub_cache"]:
@@ -75,54 +100,61 @@ def path(ref: str, *, hub: bool) -> None:
             f"cannot give a HuggingFace cache for {model['ref']}: it has no name there",
             hint=f"run `nvcache warm {ref} --as ORG/NAME`",
         )
-    click.echo(model["hub_cache"] if hub else model["path"])
+    return model
 
 
 @click.command("rm")
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@refs_argument
 @click.option("--dry-run", is_flag=True, help="say what would be removed, and remove nothing")
+@each_json_option
 @connected
-def rm(refs: tuple[str, ...], *, dry_run: bool) -> None:
+def rm(refs: tuple[str, ...], *, dry_run: bool, json_: bool) -> int:
     """Remove models.
 
     Asks nothing, but refuses what is pinned, leased or open in a process (exit 10), and a REF without a revision that has several here.
     """
     asked = daemon()
-    for ref in refs:
-        if dry_run:
-            model = asked.get(asked.place(ref))
-            held = [text for text, holds in (("pinned", model["pinned"]), (f"{model['leases']} leases", model["leases"])) if holds]
-            click.echo(f"{'would be refused (' + ', '.join(held) + ')' if held else 'would remove'}: {model['entry']} {output.size(model['bytes'])}")
-        else:
-            model = asked.delete(asked.place(ref))
-            click.echo(f"removed {model['entry']} {output.size(model['bytes'])}")
+    if dry_run:
+        return each(refs, lambda ref: _foreseen(asked.on("GET", ref)), _would, json_=json_)
+    return each(refs, lambda ref: asked.on("DELETE", ref), lambda model: f"removed {model['entry']} {output.size(model['bytes'])}", json_=json_)
+
+
+def _foreseen(model: Json) -> Json:
+    """The model, with why it would not be removed."""
+    held = [text for text, holds in (("pinned", model["pinned"]), (output.count(model["leases"], "lease"), model["leases"])) if holds]
+    return {**{name: value for name, value in model.items() if name != "manifest"}, "held": held}
+
+
+def _would(model: Json) -> str:
+    held = ", ".join(model["held"])
+    return f"{f'would be refused ({held})' if held else 'would remove'}: {model['entry']} {output.size(model['bytes'])}"
 
 
 @click.command()
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@refs_argument
+@each_json_option
 @connected
-def pin(refs: tuple[str, ...]) -> None:
+def pin(refs: tuple[str, ...], *, json_: bool) -> int:
     """Keep models.
 
     They are never removed to make room, and `rm` refuses them.
     """
     asked = daemon()
-    for ref in refs:
-        click.echo(f"pinned {asked.put(asked.place(ref) + '/pin')['entry']}")
+    return each(refs, lambda ref: asked.on("PUT", ref, "/pin"), lambda model: f"pinned {model['entry']}", json_=json_)
 
 
 @click.command()
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@refs_argument
+@each_json_option
 @connected
-def unpin(refs: tuple[str, ...]) -> None:
+def unpin(refs: tuple[str, ...], *, json_: bool) -> int:
     """Undo `pin`."""
     asked = daemon()
-    for ref in refs:
-        click.echo(f"unpinned {asked.delete(asked.place(ref) + '/pin')['entry']}")
+    return each(refs, lambda ref: asked.on("DELETE", ref, "/pin"), lambda model: f"unpinned {model['entry']}", json_=json_)
 
 
 @click.command()
-@click.option("--cancel", metavar="JOB", help="stop this job; what it fetched is kept for the next try")
+@click.option("--cancel", metavar="JOB", shell_complete=complete.jobs, help="stop this job; what it fetched is kept for the next try")
 @json_option
 @connected
 def jobs(*, cancel: str | None, json_: bool) -> None:
@@ -160,10 +192,11 @@ def df(*, json_: bool) -> None:
     """Show the store's room and the biggest models."""
     asked = daemon()
     space = asked.get("/v1/space")
-    models = sorted(asked.get("/v1/models")["models"], key=lambda model: -int(model["bytes"]))
+    models = sorted((model for model in asked.get("/v1/models")["models"] if model["state"] in HOLDS_BYTES), key=lambda model: -int(model["bytes"]))
     if json_:
-        output.as_json({**space, "models": [{"entry": model["entry"], "bytes": model["bytes"]} for model in models]})
+        output.as_json({**space, "models": [{name: model[name] for name in ("entry", "state", "bytes")} for model in models]})
         return
+    rest = space["used"] - space["quarantined"] - sum(model["bytes"] for model in models)
     room = max(0, space["limit"] - space["used"] - space["reserved"])
     output.fields(
         [
@@ -172,6 +205,7 @@ def df(*, json_: bool) -> None:
             ("used", output.size(space["used"])),
             ("reserved", f"{output.size(space['reserved'])} for fills"),
             ("free", f"{output.size(room)} in the cache, {output.size(space['free'])} of {output.size(space['total'])} on the file system"),
+            *([("unfinished", f"{output.size(rest)} of fills under way or interrupted")] if rest > 0 else []),
             *([("quarantine", output.size(space["quarantined"]))] if space["quarantined"] else []),
         ]
     )
@@ -203,10 +237,10 @@ def _show(model: Json) -> None:
             ("state", output.state(model["state"], output.going(model["progress"]) if not model["error"] else "")),
             ("path", model["path"] or "-"),
             ("HF_HUB_CACHE", f"{model['hub_cache']} as {model['hub_id']}" if model["hub_cache"] else "-"),
-            ("size", f"{output.size(model['bytes'])} in {model['files']} files"),
-            ("verified", _moment(model["verified_at"])),
-            ("re-checked", _moment(model["checked_at"])),
-            ("last used", _moment(model["last_used"])),
+            ("size", f"{output.size(model['bytes'])} in {output.count(model['files'], 'file')}"),
+            ("verified", output.moment(model["verified_at"])),
+            ("re-checked", output.moment(model["checked_at"])),
+            ("last used", output.moment(model["last_used"])),
             ("pinned", "yes" if model["pinned"] else "no"),
             ("leases", str(model["leases"])),
             *([("note", model["note"])] if model["note"] else []),
@@ -218,9 +252,11 @@ def _show(model: Json) -> None:
     if not manifest:
         return
     click.echo()
+    longest = max((len(check["path"]) for check in manifest["checks"]), default=0)
+    digits = SHORT if output.width() < longest + DIGEST_ROW else None
     output.table(
         ["FILE", "SIZE", "SHA-256", "CHECKED AGAINST"],
-        [(check["path"], output.size(check["size"]), check["sha256"], check["check"]) for check in manifest["checks"]]
+        [(check["path"], output.size(check["size"]), check["sha256"][:digits], check["check"]) for check in manifest["checks"]]
         + [(left["path"], output.size(left["size"]), "", "left out") for left in manifest["left_out"]],
         right=["SIZE"],
     )
@@ -236,10 +272,6 @@ def _origin(manifest: Json) -> list[tuple[str, str | Text]]:
         ("selection", ", ".join(chosen) or "the default set"),
         ("weights", checked),
     ]
-
-
-def _moment(text: str | None) -> str:
-    return f"{text} ({output.ago(text)})" if text else "-"
 
 
 def _bar(space: Json) -> Text:

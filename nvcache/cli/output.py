@@ -6,12 +6,15 @@ stdout carries what was asked for, stderr everything else. rich is imported when
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from nvcache.core.names import UNPRINTABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +35,12 @@ STATE_STYLE = {
     "evicting": "yellow",
 }
 BUSY_STYLE = "cyan"
+_UNSAFE = re.compile(rf"[{UNPRINTABLE}\ud800-\udfff]")  # with half surrogates, which cannot be written
+
+
+def visible(text: str) -> str:
+    """The text with what would change how a terminal shows it escaped: names come from listings that anybody may have written."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def size(count: float) -> str:
@@ -49,11 +58,22 @@ def rate(per_second: float) -> str:
     return f"{size(per_second)}/s"
 
 
+def count(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """`0.4 s`, `12 s`, `3:05 min`, `2:03:05 h`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
+    return f"{seconds:.1f} s" if seconds < 9.95 else _whole(round(seconds))
+
+
+def left(seconds: float) -> str:
+    """An estimate of what remains, never finer than it can be: `9 s left`, `3:05 min left`."""
+    return f"{_whole(max(1, round(seconds)))} left"
+
+
+def _whole(whole: int) -> str:
     if whole < 60:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
@@ -70,6 +90,13 @@ def ago(moment: str | None, now: datetime | None = None) -> str:
         if seconds >= length:
             return f"{int(seconds // length)} {unit} ago"
     return "just now"
+
+
+def moment(text: str | None) -> str:
+    """An RFC 3339 time to the second in UTC, and its age; `-` for none."""
+    if not text:
+        return "-"
+    return f"{datetime.fromisoformat(text).astimezone(UTC).isoformat(timespec='seconds').replace('+00:00', 'Z')} ({ago(text)})"
 
 
 def percent(progress: Mapping[str, Any]) -> int:
@@ -90,8 +117,27 @@ def going(progress: Mapping[str, Any] | None) -> str:
     if not progress or not progress["bytes_total"]:
         return ""
     speed = f" at {rate(progress['rate'])}" if progress["rate"] else ""
-    left = f", {duration(progress['eta_s'])} left" if progress["eta_s"] is not None else ""
-    return f"{percent(progress)}%{speed}{left}"
+    rest = f", {left(progress['eta_s'])}" if progress["eta_s"] is not None else ""
+    return f"{percent(progress)}%{speed}{rest}"
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A time in seconds on the command line; `above`: more than 0."""
+
+    name = "seconds"
+
+    def __init__(self, *, above: bool = False) -> None:
+        self._above = above
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number. Fails as click does, in words."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = float("nan")
+        if not (seconds > 0 or (seconds == 0 and not self._above)):
+            self.fail(f"{value!r} is not a number of seconds{' greater than 0' if self._above else ', 0 or more'}, such as 1.5 or 600", param, ctx)
+        return seconds
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -102,17 +148,22 @@ def console(*, stderr: bool = False) -> Console:
     return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Iterable[str] = ()) -> None:
-    """A borderless table on stdout; columns named in `right` hold numbers."""
+def width() -> int:
+    """Columns of stdout; plenty when nobody looks."""
+    return console().width
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Iterable[str] = (), whole: Iterable[str] = ()) -> None:
+    """A borderless table on stdout; columns named in `right` hold numbers, those in `whole` are never wrapped."""
     from rich.table import Table
     from rich.text import Text
 
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    flush = frozenset(right)
+    flush, unwrapped = frozenset(right), frozenset(whole)
     for name in columns:
-        drawn.add_column(name, justify="right" if name in flush else "left", overflow="fold")
+        drawn.add_column(name, justify="right" if name in flush else "left", overflow="fold", no_wrap=name in unwrapped)
     for row in rows:
-        drawn.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+        drawn.add_row(*(cell if isinstance(cell, Text) else Text(visible(cell)) for cell in row))
     _print(drawn)
 
 
@@ -125,7 +176,7 @@ def fields(pairs: Iterable[tuple[str, str | Text]]) -> None:
     drawn.add_column(style="bold")
     drawn.add_column(overflow="fold")
     for name, value in pairs:
-        drawn.add_row(name, value if isinstance(value, Text) else Text(value))
+        drawn.add_row(name, value if isinstance(value, Text) else Text(visible(value)))
     _print(drawn)
 
 
@@ -143,12 +194,16 @@ def _print(drawn: Table) -> None:
 
 def as_json(value: object, *, line: bool = False) -> None:
     """JSON on stdout: indented, or one line for a stream of objects."""
-    click.echo(json.dumps(value, indent=None if line else 2, ensure_ascii=False))
+    click.echo(_lines(json.dumps(value, indent=None if line else 2, ensure_ascii=False)))  # its escapes are those of JSON
 
 
 def say(text: str) -> None:
     """One line to a person, on stderr."""
-    click.echo(f"nvcache: {text}", err=True)
+    click.echo(f"nvcache: {_lines(text)}", err=True)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(visible(line) for line in text.split("\n"))
 
 
 def complain(detail: str, hint: str | None) -> None:

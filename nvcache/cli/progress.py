@@ -93,7 +93,7 @@ def _figures(task: Task) -> dict[str, Any]:
     elif progress:
         total, done = progress["bytes_total"], progress["bytes_done"]
         bytes_ = f"{output.size(done)}/{output.size(total)}"
-        left = f" {output.duration(progress['eta_s'])} left" if progress["eta_s"] is not None else ""
+        left = f" {output.left(progress['eta_s'])}" if progress["eta_s"] is not None else ""
         speed = f"{output.rate(progress['rate'])}{left}" if progress["rate"] else ""
     else:
         total, done, bytes_, speed = None, 0, "", ""
@@ -108,5 +108,5 @@ def _line(task: Task) -> str:
         return f"{task.state}{' already' if task.hit else ''}, {output.size(task.fetched)} fetched in {output.duration(task.seconds)}"
     if progress is None or task.away_since is not None:
         return task.state
-    files = f"{progress['files_done']}/{progress['files_total']} files"
+    files = f"{progress['files_done']}/{output.count(progress['files_total'], 'file')}"
     return f"{task.state} {output.size(progress['bytes_done'])} of {output.size(progress['bytes_total'])}, {files}, {output.going(progress)}"

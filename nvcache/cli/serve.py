@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 SIZES = ("max_bytes", "min_free")
+DEFAULTS = {"store": "~/.cache/nvcache/store", "socket": "$XDG_RUNTIME_DIR/nvcache/nvcache.sock; as root /run/nvcache/nvcache.sock"}
 
 
 class SettingsCommand(click.Command):
@@ -59,14 +60,28 @@ def serve(context: click.Context, /, *, config: Path | None, **flags: Any) -> in
 def _flag(name: str, field: FieldInfo) -> click.Option:
     kind = next((part for part in _parts(field.annotation) if part is not type(None)), str)
     flag, text = f"--{name.replace('_', '-')}", field.description or name.replace("_", " ")
+    text += "; may be repeated" if get_origin(kind) is tuple else ""
+    text += _default(name, field)
     if kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=text)
     if get_origin(kind) is Literal:
         return click.Option([flag, name], type=click.Choice(get_args(kind)), help=text)
     if get_origin(kind) is tuple:
-        return click.Option([flag, name], multiple=True, metavar="PATTERN", help=f"{text}; may be repeated")
+        return click.Option([flag, name], multiple=True, metavar="PATTERN", help=text)
     names: dict[Any, str] = {Path: "PATH", int: "N", float: "SECONDS"}
     return click.Option([flag, name], metavar="SIZE" if name in SIZES else names.get(kind, "TEXT"), help=text)
+
+
+def _default(name: str, field: FieldInfo) -> str:
+    """How `--help` says what counts when nobody sets it."""
+    if name in DEFAULTS:
+        return f"  [default: {DEFAULTS[name]}]"
+    if field.default is None:
+        return ""
+    shown = (
+        ", ".join(field.default) if isinstance(field.default, tuple) else f"{field.default:g}" if isinstance(field.default, float) else field.default
+    )
+    return f"  [default: {str(shown).lower() if isinstance(field.default, bool) else shown}]"
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import functools
 
 import click
 
-from nvcache.cli import output
+from nvcache.cli import complete, output
 from nvcache.cli.daemon import Daemon, Json, connected, daemon, exit_for
 from nvcache.cli.exits import Exit, worst
 from nvcache.cli.follow import Follower, Task
@@ -14,8 +14,8 @@ from nvcache.cli.progress import watcher
 
 
 @click.command()
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="give up waiting after this long; the check goes on")
+@click.argument("refs", nargs=-1, required=True, metavar="REF...", shell_complete=complete.refs)
+@click.option("--timeout", type=output.Seconds(above=True), metavar="SECONDS", help="give up waiting after this long; the check goes on")
 @click.option("--json", "json_", is_flag=True, help="one JSON object a model, one a line")
 @connected
 def verify(refs: tuple[str, ...], *, timeout: float | None, json_: bool) -> int:
@@ -31,7 +31,7 @@ def verify(refs: tuple[str, ...], *, timeout: float | None, json_: bool) -> int:
 
 
 def _ask(asked: Daemon, ref: str) -> Json:
-    return asked.post(f"{asked.place(ref)}/verify")
+    return asked.on("POST", ref, "/verify")
 
 
 def _report(task: Task, *, json_: bool) -> Exit:
@@ -47,9 +47,7 @@ def _report(task: Task, *, json_: bool) -> Exit:
     elif bad:
         click.echo(f"{task.label}: wrong bytes in {', '.join(bad)}")
         if not task.problem:
-            click.echo(
-                f"{task.label}: {chunks} chunk{'' if chunks == 1 else 's'} mended, {output.size(task.fetched)} fetched; every byte is right now"
-            )
+            click.echo(f"{task.label}: {output.count(chunks, 'chunk')} mended, {output.size(task.fetched)} fetched; every byte is right now")
     if task.problem:
         output.complain(task.problem["detail"], task.problem.get("hint"))
         return exit_for(task.problem)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 
 import click
 
-from nvcache.cli import output
-from nvcache.cli.daemon import Daemon, Json, connected, daemon, exit_for, problem_from
+from nvcache.cli import complete, output
+from nvcache.cli.daemon import Daemon, Json, connected, daemon, exit_for, failed, problem_from, problem_of
 from nvcache.cli.exits import Exit, worst
 from nvcache.cli.follow import Follower, Task
 from nvcache.cli.progress import watcher
+from nvcache.client import Problem
 from nvcache.errors import Code, DiskError
 
 RESULT = ("ref", "entry", "revision", "state", "path", "hub_cache", "files", "bytes")
 
 
 @click.command()
-@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@click.argument("refs", nargs=-1, required=True, metavar="REF...", shell_complete=complete.refs)
 @click.option("--revision", metavar="REV", help="branch, tag or commit, instead of REF@REV")
 @click.option("--include", multiple=True, metavar="PATTERN", help="take only files that match (shell pattern over the whole path); may be repeated")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="leave out files that match; may be repeated")
 @click.option("--as", "alias", metavar="ALIAS", help="show the model in the HuggingFace view under this org/name as well")
 @click.option("--pin", is_flag=True, help="never remove it to make room")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="give up waiting after this long; the fill goes on")
-@click.option("--wait-daemon", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="wait this long for a daemon that is just starting")
+@click.option("--timeout", type=output.Seconds(above=True), metavar="SECONDS", help="give up waiting after this long; the fill goes on")
+@click.option("--wait-daemon", type=output.Seconds(), default=0.0, metavar="SECONDS", help="wait this long for a daemon that is just starting")
 @click.option("--no-wait", is_flag=True, help="start it and return")
 @click.option("--dry-run", is_flag=True, help="say what would be fetched, and fetch nothing")
 @click.option("--page-cache", is_flag=True, help="when ready, read the files into the page cache, so that the first load runs from memory")
@@ -58,6 +60,9 @@ def warm(  # noqa: PLR0913 - click hands over one argument an option
     wishes = [{"ref": ref, **wish} for ref in refs]
     asked = daemon()
     if dry_run:
+        if timeout is not None:
+            until = time.monotonic() + timeout
+            asked.within(lambda: until - time.monotonic())
         return _dry_run(asked, wishes, json_=json_)
     tasks = [Task(body["ref"], functools.partial(asked.post, "/v1/models", body)) for body in wishes]
     follower = Follower(asked, watcher(), wait=not no_wait, timeout=timeout, wait_daemon=wait_daemon)
@@ -118,18 +123,24 @@ def _prefetch(label: str, path: str) -> None:
 
 
 def _dry_run(asked: Daemon, wishes: Sequence[Json], *, json_: bool) -> int:
-    outcomes = [asked.post("/v1/models", {**wish, "dry_run": True}) for wish in wishes]
-    for plan in outcomes:
+    exits = []
+    for wish in wishes:
+        try:
+            plan = asked.post("/v1/models", {**wish, "dry_run": True})
+        except Problem as problem:
+            exits.append(failed(wish["ref"], problem_of(problem), json_=json_))
+            continue
         if json_:
             output.as_json(plan, line=True)
         else:
             _show_plan(plan)
-    return worst([exit_for(plan["refusal"]) if plan["refusal"] else Exit.OK for plan in outcomes])
+        exits.append(exit_for(plan["refusal"]) if plan["refusal"] else Exit.OK)
+    return worst(exits)
 
 
 def _show_plan(plan: Json) -> None:
     output.table(
-        ["FILE", "SIZE", ""],
+        ["FILE", "SIZE", "STATE"],
         [(file["path"], output.size(file["size"]), "here" if file["here"] else "to fetch") for file in plan["paths"]]
         + [(file["path"], output.size(file["size"]), "left out") for file in plan["left_out"]],
         right=["SIZE"],
@@ -143,10 +154,10 @@ def _show_plan(plan: Json) -> None:
         [
             ("model", plan["ref"]),
             ("entry", plan["entry"]),
-            ("all", f"{output.size(plan['bytes'])} in {plan['files']} files"),
+            ("all", f"{output.size(plan['bytes'])} in {output.count(plan['files'], 'file')}"),
             ("here by digest", output.size(plan["bytes_here"])),
             ("to fetch", output.size(plan["bytes_to_fetch"])),
-            ("left out", f"{output.size(left)} in {len(plan['left_out'])} files"),
+            ("left out", f"{output.size(left)} in {output.count(len(plan['left_out']), 'file')}"),
             ("time", took),
             ("fits", "yes" if plan["fits"] else "no"),
         ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nvcache.client.client import Client, Fallback
+from nvcache.client.client import DAEMON_SECONDS, Client, Fallback
 from nvcache.client.leases import Lease
 from nvcache.client.load import load_safetensors
 from nvcache.client.model import Model
@@ -32,10 +32,16 @@ def resolve(ref: str, default: Fallback | None = None) -> str | Fallback | None:
 
 
 def ensure(
-    ref: str, *, wait: bool = True, timeout: float | None = None, on_progress: Callable[[Mapping[str, Any]], None] | None = None, **wish: object
+    ref: str,
+    *,
+    wait: bool = True,
+    timeout: float | None = None,
+    wait_daemon: float = DAEMON_SECONDS,
+    on_progress: Callable[[Mapping[str, Any]], None] | None = None,
+    **wish: object,
 ) -> Model:
     """`Client.ensure` of the default daemon."""
-    return Client().ensure(ref, wait=wait, timeout=timeout, on_progress=on_progress, **wish)
+    return Client().ensure(ref, wait=wait, timeout=timeout, wait_daemon=wait_daemon, on_progress=on_progress, **wish)
 
 
 def lease(ref: str, *, holder: str | None = None, ttl: float | None = None) -> Lease:

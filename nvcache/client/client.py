@@ -24,6 +24,7 @@ Fallback = TypeVar("Fallback")
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 1.0
 HEARTBEAT_SECONDS = 10.0  # the daemon's promise for event streams
+DAEMON_SECONDS = 10.0  # how long one that never answered is waited for
 AWAY_SECONDS = 60.0  # how long a wait outlasts a daemon that is being restarted
 log = logging.getLogger(__name__)
 
@@ -67,16 +68,17 @@ class Client:
         *,
         wait: bool = True,
         timeout: float | None = None,
+        wait_daemon: float = DAEMON_SECONDS,
         on_progress: Callable[[Mapping[str, Any]], None] | None = None,
         **wish: object,
     ) -> Model:
         """Make `ref` ready and return it; `wish` are the API's other fields (revision, include, exclude, alias, pin, priority).
 
         Waits at most `timeout` seconds (None: as long as the work goes on), also across restarts of the daemon; without `wait` it returns at once,
-        with the state as it is. `on_progress` is told the job's progress about once a second. Raises `Problem`: why it failed, or timeout.
+        with the state as it is. One that never answered may be just starting; it is waited for `wait_daemon` seconds, no more. `on_progress` is told
+        the job's progress about once a second. Raises `Problem`: why it failed, timeout, or daemon-unreachable.
         """
-        until = None if timeout is None else monotonic() + timeout
-        pause = _Pause(ref, until)
+        pause = _Pause(ref, self.url, timeout, wait_daemon)
         while True:
             answer = pause.patiently(lambda: self.request("POST", "/v1/models", {"ref": ref, **wish}))
             if not isinstance(answer.get("job"), dict):  # a model names its job, an accepted wish tells it whole
@@ -139,27 +141,43 @@ class Client:
 class _Pause:
     """Growing pauses between questions, the caller's time limit, and patience with a daemon that is being restarted."""
 
-    def __init__(self, ref: str, until: float | None) -> None:
+    def __init__(self, ref: str, url: str, timeout: float | None, wait_daemon: float) -> None:
         self._ref = ref
-        self._until = until
+        self._url = url
+        self._until = None if timeout is None else monotonic() + timeout
+        self._patience = wait_daemon
+        self._met = False  # whether a daemon ever answered
         self._seconds = FIRST_PAUSE
         self._never = threading.Event()
 
-    def next(self) -> None:
-        """Wait a little longer than last time. Raises `Problem` (timeout) when the caller's time is over."""
+    def next(self, unmet: Problem | None = None) -> None:
+        """Wait a little longer than last time. Raises `Problem` when the caller's time is over: `unmet` if given, else timeout."""
         left = self._seconds if self._until is None else self._until - monotonic()
         if left <= 0:
-            raise Problem("timeout", f"cannot make {self._ref} ready: the time given is over; the daemon goes on", retryable=True)
+            raise unmet or Problem("timeout", f"cannot make {self._ref} ready: the time given is over; the daemon goes on", retryable=True)
         self._never.wait(min(self._seconds, left))
         self._seconds = min(self._seconds * 1.5, LONGEST_PAUSE)
 
     def patiently(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Ask until there is an answer, as long as the daemon may be restarting. Raises `Problem`."""
-        away_until = monotonic() + AWAY_SECONDS
+        """Ask until there is an answer, as long as the daemon may be starting or restarting. Raises `Problem`."""
+        began = monotonic()
         while True:
             try:
-                return ask()
+                answer = ask()
             except Problem as problem:
-                if problem.code not in ("daemon-unreachable", "starting", "stopping", "timeout") or monotonic() > away_until:
+                self._met = self._met or problem.code in ("starting", "stopping")
+                if problem.code not in ("daemon-unreachable", "starting", "stopping", "timeout"):
                     raise
-            self.next()
+                unmet = None if self._met else self._unreachable(problem)
+                if monotonic() - began >= (AWAY_SECONDS if self._met else self._patience):
+                    raise unmet or problem from None
+                self.next(unmet)
+            else:
+                self._met = True
+                return answer
+
+    def _unreachable(self, problem: Problem) -> Problem:
+        """What takes connections and never answers is no daemon."""
+        if problem.code != "timeout":
+            return problem
+        return Problem("daemon-unreachable", f"cannot reach the nvcache daemon at {self._url}: it does not answer", retryable=True)

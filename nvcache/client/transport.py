@@ -113,7 +113,8 @@ class Transport:
         try:
             return {"Authorization": f"Bearer {Path(file).read_text().strip()}"}
         except OSError as error:
-            raise Problem("unauthorized", f"cannot read NVCACHE_TOKEN_FILE: {error.strerror}") from error
+            hint = "name a file that this user may read in NVCACHE_TOKEN_FILE"
+            raise Problem("unauthorized", f"cannot read NVCACHE_TOKEN_FILE {file}: {error.strerror}", hint=hint) from error
 
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
@@ -126,12 +127,10 @@ class Transport:
 
     def _unreachable(self, error: Exception) -> Problem:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return Problem(
-            "daemon-unreachable",
-            f"cannot reach the nvcache daemon at {self.url}: {why}",
-            hint="start one with `nvcache serve`, or name its socket with NVCACHE_SOCKET",
-            retryable=True,
-        )
+        hint = "start one with `nvcache serve`, or name its socket with NVCACHE_SOCKET"
+        if isinstance(error, PermissionError):
+            hint = "you may not connect: join the socket's group, or run as its owner"
+        return Problem("daemon-unreachable", f"cannot reach the nvcache daemon at {self.url}: {why}", hint=hint, retryable=True)
 
 
 def default_url() -> str:

@@ -9,7 +9,10 @@ from nvcache.errors import Code, IntegrityError
 
 NAME_BYTES = 255
 PATH_BYTES = 1024  # leaves room for the store's own prefix below PATH_MAX (4096)
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+UNPRINTABLE = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+"""The inside of a regular expression's brackets: characters that make a terminal or an editor show other text than what is there. Control characters,
+line and paragraph separators, and what turns the direction of writing round (Unicode standard annex 9, "Directional Formatting Characters")."""
+_UNPRINTABLE = re.compile(f"[{UNPRINTABLE}]")
 
 
 def check_name(path: str) -> None:
@@ -52,8 +55,8 @@ def unsafe(path: str) -> str | None:
         return "the path is absolute"
     if "\\" in path:
         return "it has a backslash"
-    if _CONTROL.search(path):
-        return "it has a control character"
+    if _UNPRINTABLE.search(path):
+        return "it has a control character, or one that turns the direction of writing round"
     try:
         raw = path.encode()
     except UnicodeEncodeError:

@@ -10,7 +10,7 @@ from enum import IntEnum
 from nvcache.core.digest import Algorithm, Digest
 from nvcache.core.manifest import LeftOut, Selection
 from nvcache.core.names import check_names
-from nvcache.core.records import count, flag, reading, record, text, texts
+from nvcache.core.records import count, flag, moment, reading, record, text, texts
 from nvcache.core.ref import EntryId, Ref, parse_pinned
 
 FORMAT = 1
@@ -28,7 +28,7 @@ class Priority(IntEnum):
 class RemoteFile:
     """One file as the source lists it.
 
-    `token` names exactly these bytes at the source (Hub: the LFS SHA-256 or the git blob id; directory: mtime and inode), never the commit,
+    `token` names exactly these bytes at the source (Hub: the LFS SHA-256 or the git blob id; directory: place, inode and times), never the commit,
     so that two revisions share one ingest. `digest` is what the source publishes of the content, or None.
     """
 
@@ -74,6 +74,7 @@ class FillPlan:
     alias: str | None = None
     pin: bool = False
     priority: Priority = Priority.DEMAND
+    resolved_at: float = 0.0  # unix seconds: which of two fills may take a moving name
 
     @property
     def id(self) -> EntryId:
@@ -103,6 +104,7 @@ class FillPlan:
                 "alias": self.alias,
                 "pin": self.pin,
                 "priority": int(self.priority),
+                "resolved_at": self.resolved_at,
                 "files": [f.to_list() for f in self.files],
             }
         ).encode()
@@ -122,6 +124,7 @@ class FillPlan:
                 alias=None if raw["alias"] is None else text(raw["alias"]),
                 pin=flag(raw["pin"]),
                 priority=Priority(raw["priority"]),
+                resolved_at=moment(raw["resolved_at"]),
                 files=tuple(RemoteFile.from_list(file) for file in raw["files"]),
             )
             check_names(file.path for file in plan.files)

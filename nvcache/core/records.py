@@ -62,6 +62,13 @@ def flag(value: object) -> bool:
     return value
 
 
+def moment(value: object) -> float:
+    """A time in unix seconds, or TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+        raise TypeError(f"{value!r:.80} stands where a time is due")
+    return float(value)
+
+
 def sha256(value: object) -> str:
     """64 hex digits in lower case, safe as a file name, or TypeError, ValueError."""
     if not _SHA256.fullmatch(text(value)):

@@ -3,7 +3,9 @@
 Grammar::
 
     hf://[org/]name[@revision]   org/name[@revision]   file:///absolute/dir[@<64 hex>]
-    <slug>                       <slug>@<revision>     an entry of the store, as shown by `nvcache ls`
+    <slug>                       <slug>@<revision>     an entry of the store
+
+For what is in the store, the first 7 to 39 digits of a revision name it as well, as `nvcache ls` shows them.
 
 The Hub's rules for repository ids (ASCII letters, digits, `_ . -`, 96 characters a part, never `--` or `..`, not ending in `.git`) make `/` → `--`
 injective; any other location is escaped so that `--` only ever separates parts.
@@ -22,6 +24,7 @@ from nvcache.errors import Code, RequestError
 SLUG_LIMIT = 180  # <slug>@<64 hex>.json is a file name: 255 bytes at most
 _HF_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHORT = re.compile(r"[0-9a-f]{7,39}")
 _REVISION = re.compile(r"[A-Za-z0-9_.+=/-]{1,200}")
 _SLUG = re.compile(r"[a-z]+--[A-Za-z0-9_.=-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -84,7 +87,7 @@ class EntryId:
 
 @dataclass(frozen=True, slots=True)
 class SlugName:
-    """A slug as a caller wrote it, with or without a revision."""
+    """A slug as a caller wrote it, with or without a revision, which may be short."""
 
     slug: str
     revision: str | None = None
@@ -96,6 +99,22 @@ class SlugName:
 def is_commit(text: str) -> bool:
     """Whether `text` is a full commit id (40 hex) or a listing digest (64 hex)."""
     return _COMMIT.fullmatch(text) is not None
+
+
+def is_short(text: str) -> bool:
+    """Whether `text` may be the beginning of a commit or a listing digest: 7 to 39 hex digits. A tag may look the same."""
+    return _SHORT.fullmatch(text) is not None
+
+
+def shortened(name: Ref | SlugName) -> tuple[str, str] | None:
+    """Slug and first digits of the revision, where `name` may be read that way: also a directory's `@<digits>`, which could be part of its path."""
+    if name.revision is not None:
+        return (name.slug, name.revision) if is_short(name.revision) else None
+    if isinstance(name, Ref) and name.scheme is Scheme.FILE:
+        location, _, tail = name.location.rpartition("@")
+        if is_short(tail) and not location.endswith("/"):
+            return Ref(Scheme.FILE, location).slug, tail
+    return None
 
 
 def parse_ref(text: str) -> Ref:
@@ -140,8 +159,8 @@ def parse_name(text: str) -> Ref | SlugName:
     """Read what a caller names a model by: a reference, an entry or a bare slug. Raises `RequestError` (bad-reference)."""
     head, at, revision = text.partition("@")
     if "/" not in text and len(head) <= SLUG_LIMIT and _SLUG.fullmatch(head) and head.partition("--")[0] in Scheme.__members__.values():
-        if at and not is_commit(revision):
-            raise _bad(text, f"the part after '@' at position {len(head)} is not a full revision")
+        if at and not is_commit(revision) and not is_short(revision):
+            raise _bad(text, f"the part after '@' at position {len(head)} is no revision, nor the first 7 digits or more of one")
         return SlugName(head, revision or None)
     return parse_ref(text)
 
@@ -149,8 +168,8 @@ def parse_name(text: str) -> Ref | SlugName:
 def parse_entry(text: str) -> EntryId:
     """Read `<slug>@<revision>`. Raises `RequestError` (bad-reference)."""
     name = parse_name(text)
-    if not isinstance(name, SlugName) or name.revision is None:
-        raise _bad(text, "it is not <slug>@<revision>")
+    if not isinstance(name, SlugName) or name.revision is None or not is_commit(name.revision):
+        raise _bad(text, "it is not <slug>@<full revision>")
     return EntryId(name.slug, name.revision)
 
 

@@ -8,14 +8,33 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from nvcache.errors import Code, DiskError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+async def unbroken(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end even when the caller is cancelled meanwhile; the cancellation is then raised afterwards.
+
+    For steps that must not be left half-way in memory while a thread goes on with them on the disk.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError:
+                continue  # asked again: it is as cancelled as it can be
+        if not task.cancelled():
+            task.exception()  # seen; the cancellation is what the caller gets
+        raise
 
 
 class DaemonExecutor(Executor):

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nvcache import __version__
@@ -27,8 +28,8 @@ from nvcache.engine.leases import Leases
 from nvcache.engine.ledger import Ledger
 from nvcache.engine.lookup import Lookup
 from nvcache.engine.repair import Repairer
-from nvcache.engine.shelf import Entry
-from nvcache.engine.startup import load_shelf, resume_all
+from nvcache.engine.shelf import Entry, Shelf
+from nvcache.engine.startup import load_shelf
 from nvcache.engine.status import (
     Counters,
     DryRun,
@@ -42,10 +43,10 @@ from nvcache.engine.watch import Watcher, Watchers
 from nvcache.engine.worker import transport_to_dict
 from nvcache.engine.workers import Workers
 from nvcache.errors import Code, IntegrityError, NvcacheError, RequestError
-from nvcache.settings import Settings, child_environment, hub_token, proxies
+from nvcache.settings import Settings, child_environment, hub_token, proxies, proxy_hosts
 from nvcache.sources.base import Source
 from nvcache.sources.directory import Directory
-from nvcache.sources.huggingface import HuggingFace
+from nvcache.sources.huggingface import HuggingFace, xet_available
 from nvcache.sources.ranges import Transport
 from nvcache.store.blobs import Blobs
 from nvcache.store.catalog import Catalog
@@ -71,6 +72,9 @@ class Engine:
         self._net = DaemonExecutor("net", 8)
         self._problems: tuple[str, ...] = ("the daemon is starting",)
         self._background: asyncio.Task[None] | None = None
+        self._group: asyncio.TaskGroup | None = None  # owns what goes on without being asked for
+        self._mending: set[EntryId] = set()
+        self._removals: set[asyncio.Task[None]] = set()
         self._jobs = Jobs(self._job_changed)
         self._do: Context
         self._leases: Leases
@@ -104,6 +108,8 @@ class Engine:
             self._background.cancel()
             await asyncio.wait({self._background})
         await self._jobs.stop()
+        if self._removals:
+            await asyncio.wait(self._removals)
         if self._root is not None:
             await self._do.workers.stop()
             self._watchers.close()
@@ -118,7 +124,7 @@ class Engine:
             ca_file=str(settings.ca_file) if settings.ca_file else None,
             proxies=proxies(),
         )
-        blobs = Blobs(root.layout)
+        blobs, shelf = Blobs(root.layout), Shelf()
         hello = {"root": str(settings.store), "direct": root.direct_io and settings.direct_io, "transport": transport_to_dict(transport)}
         sources: dict[Scheme, Source] = {
             Scheme.HF: HuggingFace(settings.hf_endpoint, lambda: hub_token(settings), transport),
@@ -129,7 +135,16 @@ class Engine:
             blobs=blobs,
             views=Views(root.layout, blobs),
             catalog=Catalog(root.layout),
-            ledger=Ledger(root.layout, blobs, self._disk, settings.max_bytes, settings.min_free),
+            ledger=Ledger(
+                root.layout,
+                blobs,
+                self._disk,
+                max_bytes=settings.max_bytes,
+                min_free=settings.min_free,
+                shown=shelf.shown,
+                broken=shelf.broken,
+            ),
+            shelf=shelf,
             workers=Workers(settings.worker_count, settings.lanes, hello, child_environment() | {"HF_XET_CACHE": str(root.layout.tmp / "xet")}),
             sources=sources,
             disk=self._disk,
@@ -142,8 +157,13 @@ class Engine:
     async def _run(self) -> None:
         """Own everything that goes on without being asked for."""
         async with asyncio.TaskGroup() as group:
+            self._group = group
             group.create_task(self._keep_measuring(), name="measure")
-            group.create_task(resume_all(self._do, self._ensurer, self._start_repair), name="resume")
+            for plan in (await self._disk.call(self._do.catalog.plans)).values():
+                group.create_task(self._ensurer.resume(plan), name=f"resume-{plan.id}")
+            for entry in list(self._do.shelf.entries.values()):
+                if entry.broken is not None:
+                    self._keep_mending(entry.id)
             for model in self.settings.models:
                 ref = parse_ref(model.ref if model.revision is None else f"{model.ref}@{model.revision}")
                 group.create_task(self._ensurer.keep(ref, model), name=f"declared-{ref}")
@@ -195,6 +215,14 @@ class Engine:
             "health": "ok" if not self._problems else "; ".join(self._problems),
         }
 
+    async def sources(self) -> list[dict[str, object]]:
+        """Where models come from, as this daemon is set up; no secret is part of it."""
+        token = await self._net.call(hub_token, self.settings)  # it reads a file
+        through = proxies()
+        hub: dict[str, object] = {"scheme": str(Scheme.HF), "endpoint": self.settings.hf_endpoint, "token": token is not None, "xet": xet_available()}
+        directory: dict[str, object] = {"scheme": str(Scheme.FILE), "endpoint": None, "token": False, "xet": False}
+        return [hub | {"proxies": proxy_hosts(through), "no_proxy": "no" in through}, directory | {"proxies": {}, "no_proxy": False}]
+
     def watch(self, entry: str) -> AbstractAsyncContextManager[Watcher]:
         """A queue of an entry's statuses: the one now, then every change; None ends it."""
         return self._watchers.watch(parse_entry(entry))
@@ -226,23 +254,34 @@ class Engine:
         entry = self._do.shelf.entries[entry_id]
 
         async def work(job: Job) -> None:
-            async with self._do.entry_locks(entry_id):
-                found = self._do.shelf.entries.get(entry_id)
-                if found is None:
-                    raise RequestError(Code.UNKNOWN_MODEL, f"cannot verify {entry_id}: it was removed meanwhile")
-                if found.broken is not None:
-                    await self._repairer.recover(job, found)
-                else:
-                    await self._repairer.verify(job, found)
+            try:
+                async with self._do.entry_locks(entry_id):
+                    found = self._do.shelf.entries.get(entry_id)
+                    if found is None:
+                        raise RequestError(Code.UNKNOWN_MODEL, f"cannot verify {entry_id}: it was removed meanwhile")
+                    if found.broken is None:
+                        await self._repairer.verify(job, found)
+                    if found.broken is not None:  # also when a look-up found files gone meanwhile
+                        await self._repairer.recover(job, found)
+            except NvcacheError as error:
+                if error.retryable and error.code is not Code.STOPPING:
+                    self._keep_mending(entry_id)
+                raise
             job.move(JobState.DONE)
 
         return self._start_job(entry, "verify", work)
 
-    def _start_repair(self, entry: Entry) -> Job:
+    def _start_repair(self, entry_id: EntryId) -> Job | None:
+        """A job that brings a withdrawn entry back; None when there is nothing to bring back any more."""
+        entry = self._do.shelf.entries.get(entry_id)
+        if entry is None or entry.broken is None:
+            return None
+
         async def work(job: Job) -> None:
-            async with self._do.entry_locks(entry.id):
-                if entry.broken is not None:
-                    await self._repairer.recover(job, entry)
+            async with self._do.entry_locks(entry_id):
+                found = self._do.shelf.entries.get(entry_id)
+                if found is not None and found.broken is not None:
+                    await self._repairer.recover(job, found)
             job.move(JobState.DONE)
 
         return self._start_job(entry, "repair", work)
@@ -253,12 +292,26 @@ class Engine:
         self._jobs.bind(job, entry.id)
         return job
 
+    def _keep_mending(self, entry_id: EntryId) -> None:
+        """Repair a withdrawn entry, again and again until it is whole or removed; one such task for an entry."""
+        if entry_id in self._mending or self._group is None:
+            return
+
+        async def mend() -> None:
+            try:
+                await self._ensurer.persist(partial(self._start_repair, entry_id), f"the repair of {entry_id}")
+            finally:
+                self._mending.discard(entry_id)
+
+        self._mending.add(entry_id)
+        self._group.create_task(mend(), name=f"mend-{entry_id}")
+
     def _doubt(self, entry: Entry) -> None:
         """A look-up found files missing or of another size: from now on the entry is not served, until it is whole again."""
         log.error("files of a model are gone or short; it is withdrawn and repaired", extra={"facts": {"model": str(entry.id)}})
         entry.broken = IntegrityError(Code.DEGRADED, f"cannot serve {entry.id}: files of it are gone or short")
         self._entry_changed(entry.id)
-        self._start_repair(entry)
+        self._keep_mending(entry.id)
 
     # -- keeping and removing
 
@@ -268,26 +321,18 @@ class Engine:
         if self._do.shelf.find(wanted) is None and (unfinished := self._lookup.unfinished(wanted)) is not None:
             return await self._forget(unfinished)
         entry_id = self._do.shelf.only(wanted)
-        async with self._do.entry_locks(entry_id):
-            entry = self._do.shelf.entries.get(entry_id)
-            if entry is None:
-                raise RequestError(Code.UNKNOWN_MODEL, f"cannot remove {entry_id}: it was removed meanwhile")
-            self._check_removable(entry)
-            if await self._disk.call(self._in_use, entry):
-                raise RequestError(Code.IN_USE, f"cannot remove {entry_id}: a process on this node has its files open")
-            self._check_removable(entry)  # a lease may have come meanwhile; from here to `removing` nothing waits
-            entry.removing = True
-            self._do.changed(entry_id)
-            try:
-                await self._disk.call(self._remove, entry)
-            except NvcacheError as error:
-                entry.removing, entry.broken = False, error
-                raise
-            self._do.shelf.drop(entry_id)
-            self._ensurer.forget(entry_id)
-            self._do.changed(entry_id)
-        log.info("removed", extra={"facts": {"model": str(entry_id)}})
-        await self._do.ledger.measure()
+        await self._do.entry_locks.acquire(entry_id)
+        try:
+            entry = await self._removable(entry_id)
+        except BaseException:
+            self._do.entry_locks.release(entry_id)
+            raise
+        entry.removing = True  # since the last look at its leases nothing waited
+        self._do.changed(entry_id)
+        removal = asyncio.create_task(self._take_away(entry), name=f"remove-{entry_id}")
+        self._removals.add(removal)
+        removal.add_done_callback(self._removed)
+        await asyncio.shield(removal)  # once begun it goes on, also when the caller gives up
         return ModelStatus(
             entry=str(entry_id),
             ref=str(entry.manifest.ref),
@@ -296,6 +341,52 @@ class Engine:
             files=len(entry.manifest.files),
             bytes=entry.manifest.size,
         )
+
+    async def _removable(self, entry_id: EntryId) -> Entry:
+        entry = self._do.shelf.entries.get(entry_id)
+        if entry is None:
+            raise RequestError(Code.UNKNOWN_MODEL, f"cannot remove {entry_id}: it was removed meanwhile")
+        self._check_held(entry)
+        if await self._disk.call(self._in_use, entry):
+            raise RequestError(Code.IN_USE, f"cannot remove {entry_id}: a process on this node has its files open")
+        self._check_held(entry)  # a lease may have come meanwhile
+        return entry
+
+    def _removed(self, removal: asyncio.Task[None]) -> None:
+        self._removals.discard(removal)
+        if not removal.cancelled() and (error := removal.exception()) is not None:
+            log.error("a model could not be removed: %s", error)
+
+    async def _take_away(self, entry: Entry) -> None:
+        """Views, manifest, state, leases, and the blobs nobody else wants; the entry's lock is given back at the end."""
+        try:
+            await self._withdraw(entry)
+        finally:
+            self._do.entry_locks.release(entry.id)
+
+    async def _withdraw(self, entry: Entry) -> None:
+        leases = [lease.id for lease in self._do.shelf.leases.values() if lease.entry == entry.id]
+
+        def work() -> None:
+            self._do.views.withdraw(entry.manifest, hub_id=entry.hub_id)
+            self._do.catalog.remove_manifest(entry.id)
+            self._do.catalog.remove_plan(entry.id)
+            self._do.catalog.remove_state(entry.id)
+            for lease in leases:
+                self._do.catalog.remove_lease(lease)
+
+        try:
+            await self._disk.call(work)
+        except NvcacheError as error:
+            entry.removing, entry.broken = False, error
+            self._keep_mending(entry.id)
+            raise
+        self._do.shelf.drop(entry.id)
+        self._ensurer.forget(entry.id)
+        self._jobs.forget(entry.id)
+        self._do.changed(entry.id)
+        log.info("removed", extra={"facts": {"model": str(entry.id)}})
+        await self._do.ledger.free((), entry.manifest.blobs)
 
     async def _forget(self, job: Job) -> ModelStatus:
         """Drop what a fill that failed or was cancelled left behind. Raises `RequestError` (in-use) for one that is under way."""
@@ -308,14 +399,13 @@ class Engine:
             )
         status = self._lookup.status(job.entry)
         if job.plan is not None:
-            await self._disk.call(self._fetcher.give_back, job.plan)
+            await self._fetcher.give_back(job.plan)
         self._jobs.forget(job.entry)
         self._do.changed(job.entry)
-        await self._do.ledger.measure()
         found = status or ModelStatus(str(job.entry), str(job.ref), job.entry.revision, ModelState.ABSENT, 0, 0)
         return replace(found, state=ModelState.ABSENT, path=None, hub_cache=None, error=None)
 
-    def _check_removable(self, entry: Entry) -> None:
+    def _check_held(self, entry: Entry) -> None:
         if entry.state.pin:
             raise RequestError(Code.PINNED, f"cannot remove {entry.id}: it is pinned")
         holders = self._do.shelf.holders(entry.id, clock.unix())
@@ -331,16 +421,6 @@ class Engine:
     def _in_use(self, entry: Entry) -> bool:
         """Whether the kernel says that any of its blobs is open or mapped, with or without a lease; one that other entries show counts as well."""
         return any(self._do.blobs.in_use(sha256) for sha256 in entry.manifest.blobs)
-
-    def _remove(self, entry: Entry) -> None:
-        self._do.views.withdraw(entry.manifest, hub_id=entry.hub_id)
-        self._do.catalog.remove_manifest(entry.id)
-        self._do.catalog.remove_plan(entry.id)
-        self._do.catalog.remove_state(entry.id)
-        for lease in [lease for lease in self._do.shelf.leases.values() if lease.entry == entry.id]:
-            self._do.catalog.remove_lease(lease.id)
-        for sha256 in entry.manifest.blobs:
-            self._do.blobs.remove_if_unreferenced(sha256, grace=0)
 
     async def pin(self, name: str, pinned: bool) -> ModelStatus:
         """Never remove a model to make room, or let it be again. Raises `RequestError` (unknown-model)."""
@@ -390,8 +470,6 @@ class Engine:
         """Stop a job; what it fetched stays until the room is needed or the daemon restarts. Raises `RequestError` (unknown-job)."""
         job = self._jobs.get(job_id)
         await self._jobs.cancel(job)
-        if job.state is JobState.CANCELLED and job.entry is not None:
-            await self._disk.call(self._do.catalog.remove_plan, job.entry)
         return job.status()
 
     def _job_changed(self, job: Job) -> None:

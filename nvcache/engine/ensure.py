@@ -19,16 +19,18 @@ from nvcache.core.selection import chooses
 from nvcache.core.space import human
 from nvcache.core.states import JobState
 from nvcache.engine import clock
+from nvcache.engine.blocking import unbroken
 from nvcache.engine.context import Context
 from nvcache.engine.fetch import Fetcher, make_plan
 from nvcache.engine.jobs import Job, Jobs
 from nvcache.engine.lookup import Lookup
 from nvcache.engine.repair import Repairer
-from nvcache.engine.shelf import DEFAULT_NAME, Entry
+from nvcache.engine.shelf import DEFAULT_NAME, Entry, hub_id
 from nvcache.engine.status import DryRun, EnsureRequest, ErrorInfo, ModelStatus
 from nvcache.errors import Code, RequestError, SpaceError
 from nvcache.settings import ModelSetting
 from nvcache.sources.base import Resolved
+from nvcache.store.catalog import EntryState
 
 log = logging.getLogger(__name__)
 STALE_WAIT = 3.0  # seconds a caller waits for a source before the last resolved revision is served
@@ -46,7 +48,7 @@ class Ensurer:
         self._fetcher = fetcher
         self._lookup = lookup
         self._ttl = resolve_ttl
-        self._resolved: dict[Ref, tuple[Resolved, float]] = {}
+        self._resolved: dict[Ref, tuple[Resolved, float, float]] = {}  # what, when (monotonic), when (unix)
 
     async def ensure(self, wish: EnsureRequest) -> ModelStatus | Job:
         """The status of a ready model, else the job everybody with this wish shares. Raises `RequestError` (alias-conflict, bad-request)."""
@@ -89,7 +91,7 @@ class Ensurer:
     async def _make_ready(self, job: Job, wish: EnsureRequest) -> None:
         job.move(JobState.RESOLVING)
         self._do.workers.prepare()
-        resolved = await self._resolve(wish.ref)
+        resolved, moment = await self._resolve(wish.ref)
         entry_id = EntryId(resolved.ref.slug, resolved.ref.revision or "")
         self._jobs.bind(job, entry_id)
         leader = job.leader = next((other for other in self._jobs.of(entry_id) if other is not job and not other.state.ended), None)
@@ -100,15 +102,14 @@ class Ensurer:
             entry = self._do.shelf.entries.get(entry_id)
             if entry is not None and entry.broken is not None:
                 await self._repairer.recover(job, entry)
-            if await self._hit(entry_id, wish, resolved.name) is None:
-                plan = await self._plan(resolved, wish)
-                await self._fill(job, plan)
+            if await self._hit(entry_id, wish, resolved.name, moment) is None:
+                await self._fill(job, await self._plan(resolved, wish, moment))
         job.move(JobState.DONE)
 
     async def _fill(self, job: Job, plan: FillPlan) -> None:
         job.plan = plan
         entry = await self._fetcher.fill(job, plan)
-        await self._take_names(entry, plan.names)
+        await self._take_names(entry, entry.state.names)
         log.info(
             "filled: %s fetched of %s in %.1f s",
             human(job.tally.fetched),
@@ -121,7 +122,7 @@ class Ensurer:
 
     async def _take_names(self, entry: Entry, names: tuple[str, ...]) -> None:
         """A moving name belongs to the newest entry it was resolved to; take it from the others of the slug."""
-        for other in self._do.shelf.entries.values():
+        for other in list(self._do.shelf.entries.values()):
             if other.id.slug == entry.id.slug and other.id != entry.id and set(other.state.names) & set(names):
                 other.state = replace(other.state, names=tuple(name for name in other.state.names if name not in names))
                 await self._do.disk.call(self._do.catalog.write_state, other.id, other.state)
@@ -137,15 +138,17 @@ class Ensurer:
             return None
         return EntryId(ref.slug, found[0].ref.revision or "")
 
-    async def _resolve(self, ref: Ref) -> Resolved:
+    async def _resolve(self, ref: Ref) -> tuple[Resolved, float]:
+        """What `ref` means, and since when that is known (unix seconds)."""
         found = self._resolved.get(ref)
         if found is not None and clock.monotonic() - found[1] <= self._ttl:
-            return found[0]
+            return found[0], found[2]
+        moment = clock.unix()
         resolved = await self._do.net.call(self._do.sources[ref.scheme].resolve, ref)
         if not ref.pinned:
             resolved = replace(resolved, name=resolved.name or DEFAULT_NAME)
-            self._resolved[ref] = (resolved, clock.monotonic())
-        return resolved
+            self._resolved[ref] = (resolved, clock.monotonic(), moment)
+        return resolved, moment
 
     def forget(self, entry_id: EntryId) -> None:
         """An entry was removed: what was resolved to it is asked anew."""
@@ -153,7 +156,7 @@ class Ensurer:
 
     # -- hits
 
-    async def _hit(self, entry_id: EntryId, wish: EnsureRequest, name: str | None = None) -> Entry | None:
+    async def _hit(self, entry_id: EntryId, wish: EnsureRequest, name: str | None = None, moment: float = 0.0) -> Entry | None:
         """The entry when it is ready and has every file of the wish; its pin, alias and names are brought up to the wish."""
         entry = self._do.shelf.entries.get(entry_id)
         if entry is None or entry.broken is not None or entry.removing:
@@ -162,35 +165,45 @@ class Ensurer:
         every = [*manifest.by_path, *(file.path for file in manifest.left_out)]
         if not chooses(wish.selection, every) <= manifest.by_path.keys():
             return None
-        await self._update(entry, wish, name)
+        await unbroken(self._update(entry, wish, name, moment))
         return entry
 
-    async def _update(self, entry: Entry, wish: EnsureRequest, name: str | None) -> None:
-        names = entry.state.names if name is None or name in entry.state.names else (*entry.state.names, name)
+    async def _update(self, entry: Entry, wish: EnsureRequest, name: str | None, moment: float) -> None:
+        """Bring an entry's pin, alias and names up to a wish that it fulfils; `name` was resolved to it at `moment` (unix seconds)."""
+        fresh = name is not None and not self._do.shelf.newer(entry.id.slug, name, moment, entry.id)
         state = replace(
             entry.state,
             pin=entry.state.pin or wish.pin,
             alias=wish.alias or entry.state.alias,
-            names=names,
-            resolved_at=clock.unix() if name is not None else entry.state.resolved_at,
+            names=(*entry.state.names, name) if fresh and name is not None and name not in entry.state.names else entry.state.names,
+            resolved_at=max(entry.state.resolved_at, moment) if fresh else entry.state.resolved_at,
         )
-        published = (entry.state.names, entry.hub_id)
         if state == entry.state:
             return
-        await self._do.disk.call(self._do.catalog.write_state, entry.id, state)
-        entry.state = state
-        if (names, entry.hub_id) != published:
-            await self._do.disk.call(self._republish, entry)
-        if name is not None:
+        before, shown = entry.hub_id, hub_id(entry.manifest.ref, state.alias)
+        async with self._do.key_locks(("hub", shown)):
+            self._refuse_taken(wish)
+            if (state.names, shown) != (entry.state.names, before):
+                entry.changing = True
+                try:
+                    await self._do.disk.call(self._republish, entry, state, before)
+                finally:
+                    entry.changing = False
+            await self._do.disk.call(self._do.catalog.write_state, entry.id, state)
+            entry.state = state
+        if fresh and name is not None:
             self._do.shelf.resolved(entry.id.slug, name, entry.id)
             await self._take_names(entry, (name,))
 
-    def _republish(self, entry: Entry) -> None:
-        self._do.views.publish(entry.manifest, hub_id=entry.hub_id, names=entry.state.names)
+    def _republish(self, entry: Entry, state: EntryState, before: str | None) -> None:
+        shown = hub_id(entry.manifest.ref, state.alias)
+        self._do.views.publish(entry.manifest, hub_id=shown, names=state.names)
+        if before not in (None, shown):
+            self._do.views.withdraw_hub(entry.manifest, hub_id=before)
 
     # -- planning
 
-    async def _plan(self, resolved: Resolved, wish: EnsureRequest) -> FillPlan:
+    async def _plan(self, resolved: Resolved, wish: EnsureRequest, moment: float) -> FillPlan:
         source = self._do.sources[resolved.ref.scheme]
         listing = await self._do.net.call(source.list, resolved)
         have = self._do.shelf.entries.get(EntryId(resolved.ref.slug, resolved.ref.revision or ""))
@@ -200,10 +213,8 @@ class Ensurer:
             asked=str(wish.ref),
             selection=wish.selection,
             also=have.manifest.by_path if have else (),
-            alias=wish.alias,
-            pin=wish.pin,
-            priority=wish.priority,
         )
+        plan = replace(plan, alias=wish.alias, pin=wish.pin, priority=wish.priority, resolved_at=moment)
         for file in plan.files:
             source.refuse(resolved, file)
         return plan
@@ -211,10 +222,11 @@ class Ensurer:
     async def dry_run(self, wish: EnsureRequest) -> DryRun:
         """What `ensure` would do."""
         self._check_alias(wish)
-        resolved = await self._resolve(wish.ref)
-        plan = await self._plan(resolved, wish)
+        resolved, moment = await self._resolve(wish.ref)
+        plan = await self._plan(resolved, wish, moment)
         here = await self._fetcher.here(plan)
-        missing = {file.path for file in plan.files} - here.files.keys() - here.adopt.keys()
+        adopted = {file.path for files in here.adopt.values() for file in files}
+        missing = {file.path for file in plan.files} - here.files.keys() - adopted
         fetch = sum(here.needs.values())
         refusal: ErrorInfo | None = None
         try:
@@ -244,13 +256,16 @@ class Ensurer:
         return newest.fill_bytes / newest.fill_seconds if newest else None
 
     def _check_alias(self, wish: EnsureRequest) -> None:
-        if wish.alias is None:
-            return
-        if wish.ref.scheme is Scheme.HF and wish.alias != wish.ref.location:
-            raise RequestError(Code.BAD_REQUEST, f"cannot show {wish.ref} as {wish.alias}: a Hub model is shown under its own name")
-        self._do.layout.hub_repo(wish.alias)
-        if self._do.shelf.alias_taken(wish.alias, wish.ref.slug):
-            raise RequestError(Code.ALIAS_CONFLICT, f"cannot show {wish.ref} as {wish.alias}: another source's model has that name")
+        if wish.alias is not None:
+            if wish.ref.scheme is Scheme.HF and wish.alias != wish.ref.location:
+                raise RequestError(Code.BAD_REQUEST, f"cannot show {wish.ref} as {wish.alias}: a Hub model is shown under its own name")
+            self._do.layout.hub_repo(wish.alias)
+        self._refuse_taken(wish)
+
+    def _refuse_taken(self, wish: EnsureRequest) -> None:
+        name = hub_id(wish.ref, wish.alias)
+        if name is not None and self._do.shelf.alias_taken(name, wish.ref.slug):
+            raise RequestError(Code.ALIAS_CONFLICT, f"cannot show {wish.ref} as {name}: another source's model has that name")
 
     # -- what goes on by itself
 
@@ -260,6 +275,9 @@ class Ensurer:
         async def work(job: Job) -> None:
             self._jobs.bind(job, plan.id)
             async with self._do.entry_locks(plan.id):
+                if plan.id not in await self._do.disk.call(self._do.catalog.plans):
+                    job.move(JobState.DONE)  # somebody carried it out, or removed it, meanwhile
+                    return
                 entry = self._do.shelf.entries.get(plan.id)
                 if entry is not None and entry.broken is None and {file.path for file in plan.files} <= entry.manifest.by_path.keys():
                     await self._do.disk.call(self._do.catalog.remove_plan, plan.id)
@@ -275,11 +293,16 @@ class Ensurer:
         wish = EnsureRequest(ref, Selection(model.include, model.exclude), model.alias, model.pin, Priority.DECLARED)
         await self.persist(lambda: self._start(wish)[0], f"the declared model {ref}")
 
-    async def persist(self, start: Callable[[], Job], what: str, *, refused: float | None = RETRY_REFUSED) -> None:
-        """Run a job again, ever less often, until it succeeds. `refused` is the pause after an error that says not to; None gives up."""
+    async def persist(self, start: Callable[[], Job | None], what: str, *, refused: float | None = RETRY_REFUSED) -> None:
+        """Run a job again, ever less often, until it succeeds or there is none to start.
+
+        `refused` is the pause in seconds after an error that says that trying again is no use; None gives up then.
+        """
         pause = RETRY_FIRST
         while True:
             job = start()
+            if job is None:
+                return
             if job.task is not None:
                 await asyncio.wait({job.task})
             if job.state in (JobState.DONE, JobState.CANCELLED) or job.error is None:

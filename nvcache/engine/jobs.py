@@ -105,6 +105,7 @@ class Job:
     tally: Tally = field(default_factory=Tally)
     task: asyncio.Task[None] | None = None
     plan: FillPlan | None = None  # of a fill, once there is one
+    cancelling: bool = False  # somebody asked for it; a daemon that stops does not
     leader: Job | None = None  # the job whose work this one waits for
 
     def move(self, state: JobState) -> None:
@@ -163,22 +164,28 @@ class Jobs:
         self._forget_old()
         job = Job(f"{next(self._numbers)}-{secrets.token_hex(4)}", kind, ref, self._changed, clock.now(), clock.monotonic())
         self._jobs[job.id] = self._flights[key] = job
-        job.task = asyncio.create_task(self._own(key, job, work), name=f"job-{job.id}")
+        job.task = asyncio.create_task(self._own(job, work), name=f"job-{job.id}")
+        job.task.add_done_callback(lambda _: self._ended(key, job))
         return job, True
 
-    async def _own(self, key: object, job: Job, work: Callable[[Job], Coroutine[Any, Any, None]]) -> None:
+    def _ended(self, key: object, job: Job) -> None:
+        """The task is over, also one that was cancelled before its first step."""
+        if self._flights.get(key) is job:
+            del self._flights[key]
+        if not job.state.ended:
+            job.fail(_cancelled(job))
+
+    async def _own(self, job: Job, work: Callable[[Job], Coroutine[Any, Any, None]]) -> None:
         """Run `work` to a final state, whatever happens."""
         try:
             await work(job)
         except NvcacheError as error:
             job.fail(error)
         except asyncio.CancelledError:
-            job.fail(Interrupted(Code.CANCELLED, f"cannot finish {job.ref}: the job was cancelled"))
+            job.fail(_cancelled(job))
         except Exception as error:  # a defect: its trace goes to the log, its name to whoever waits
             log.exception("job %s failed unexpectedly", job.id)
             job.fail(NvcacheError(Code.INTERNAL, f"cannot finish {job.ref}: {type(error).__name__}"))
-        finally:
-            self._flights.pop(key, None)
 
     def get(self, job_id: str) -> Job:
         """The job of that id. Raises `RequestError` (unknown-job)."""
@@ -219,6 +226,7 @@ class Jobs:
     async def cancel(self, job: Job) -> None:
         """Cancel and wait until it has ended; harmless when it already has."""
         if job.task is not None and not job.state.ended:
+            job.cancelling = True
             job.task.cancel()
             await asyncio.wait({job.task})
 
@@ -238,3 +246,7 @@ class Jobs:
             if (job.ended_at is not None and job.ended_at < horizon) or excess > 0:
                 self._drop(job)
                 excess -= 1
+
+
+def _cancelled(job: Job) -> Interrupted:
+    return Interrupted(Code.CANCELLED, f"cannot finish {job.ref}: the job was cancelled")

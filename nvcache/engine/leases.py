@@ -46,6 +46,8 @@ class Leases:
         fresh = replace(held, expires=clock.unix() + ttl, ttl=ttl)
         self._do.shelf.leases[lease_id] = fresh
         await self._do.disk.call(self._do.catalog.write_lease, fresh)
+        if lease_id not in self._do.shelf.leases:  # released meanwhile: it must not come back with the next start
+            await self._do.disk.call(self._do.catalog.remove_lease, lease_id)
         return self._status(fresh)
 
     async def release(self, name: Ref | SlugName, lease_id: str) -> None:

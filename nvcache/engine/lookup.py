@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from nvcache.core.ref import EntryId, Ref, SlugName, parse_name
+from nvcache.core.ref import EntryId, Ref, SlugName, parse_name, shortened
 from nvcache.core.states import MODEL_STATE_OF_JOB, JobState, ModelState
 from nvcache.engine import clock
 from nvcache.engine.blocking import DaemonExecutor
@@ -51,6 +51,7 @@ class Lookup:
 
     async def check(self, entry: Entry) -> ModelState | None:
         """Look whether the entry's files are there, unless that was done a moment ago. None is as good as ready."""
+        shown = entry.hub_id
         since, good = entry.checked
         if clock.monotonic() - since < CHECK_EVERY:
             return None if good else ModelState.UNKNOWN
@@ -68,7 +69,8 @@ class Lookup:
         except (DiskError, IntegrityError):
             whole = False
         entry.checked = (clock.monotonic(), True)
-        if not whole and entry.broken is None and not entry.removing:
+        replaced = self._do.shelf.entries.get(entry.id) is not entry or entry.hub_id != shown  # it was looked at while a fill changed it
+        if not whole and entry.broken is None and not entry.removing and not replaced and not entry.changing:
             self._doubt(entry)
         return None
 
@@ -156,10 +158,11 @@ class Lookup:
 
     def unfinished(self, name: Ref | SlugName) -> Job | None:
         """The job of an entry that has no manifest: under way, failed or cancelled."""
+        slug, digits = shortened(name) or (name.slug, None)
         for entry_id in reversed(self._jobs.entries()):
-            if entry_id.slug == name.slug and entry_id not in self._do.shelf.entries:
+            if entry_id.slug == slug and entry_id not in self._do.shelf.entries:
                 revisions = (None, entry_id.revision, *(job.ref.revision for job in self._jobs.of(entry_id)))
-                if name.revision in revisions:
+                if name.revision in revisions or (digits is not None and entry_id.revision.startswith(digits)):
                     return self._job_of(entry_id)
         return None
 

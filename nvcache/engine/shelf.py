@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from nvcache.core.digest import Algorithm
 from nvcache.core.manifest import File, Manifest
 from nvcache.core.plan import RemoteFile
-from nvcache.core.ref import EntryId, Ref, Scheme, SlugName
+from nvcache.core.ref import EntryId, Ref, Scheme, SlugName, shortened
 from nvcache.errors import Code, NvcacheError, RequestError
 from nvcache.store.catalog import EntryState, Lease
 
@@ -21,7 +22,9 @@ class Entry:
     manifest: Manifest
     state: EntryState
     broken: NvcacheError | None = None
+    suspect: bool = False  # bytes of it went bad: it is read whole before it is shown again
     removing: bool = False
+    changing: bool = False  # its views are being published anew: a look at them now proves nothing
     last_used: float | None = None
     checked: tuple[float, bool] = field(default=(float("-inf"), True))  # monotonic time of the last cheap check, and what it found
 
@@ -49,7 +52,9 @@ class Shelf:
         """Add or replace an entry."""
         self.entries[entry.id] = entry
         for name in entry.state.names:
-            self._resolved.setdefault((entry.id.slug, name), entry.id)
+            holder = self.entries.get(self._resolved.get((entry.id.slug, name), entry.id), entry)
+            if holder.state.resolved_at <= entry.state.resolved_at:
+                self._resolved[entry.id.slug, name] = entry.id
         self._index(entry.manifest.files)
 
     def drop(self, entry_id: EntryId) -> None:
@@ -72,7 +77,10 @@ class Shelf:
         return [entry.id for entry in sorted(found, key=lambda entry: entry.state.resolved_at, reverse=True)]
 
     def find(self, name: Ref | SlugName) -> EntryId | None:
-        """The entry a name means: the exact revision, the moving name's last meaning, or the last resolved revision."""
+        """The entry a name means: the exact revision, the moving name's last meaning, the last resolved revision, or the one that begins so.
+
+        Raises `RequestError` (ambiguous-revision) when several begin so.
+        """
         slug, revision = name.slug, name.revision
         if revision is not None and EntryId(slug, revision) in self.entries:
             return EntryId(slug, revision)
@@ -81,16 +89,22 @@ class Shelf:
             known = self._resolved.get((slug, moving))
             if known in self.entries:
                 return known
-        return next(iter(self.revisions(slug)), None) if revision is None else None
+        latest = next(iter(self.revisions(slug)), None) if revision is None else None
+        return latest or self._by_first_digits(name)
+
+    def _by_first_digits(self, name: Ref | SlugName) -> EntryId | None:
+        short = shortened(name)
+        if short is None:
+            return None
+        found = [entry_id for entry_id in self.revisions(short[0]) if entry_id.revision.startswith(short[1])]
+        if len(found) > 1:
+            raise _ambiguous(name, found)
+        return found[0] if found else None
 
     def only(self, name: Ref | SlugName) -> EntryId:
         """Like `find`, for what destroys: raises `RequestError` unknown-model, or ambiguous-revision when a bare slug has several."""
         if isinstance(name, SlugName) and name.revision is None and len(found := self.revisions(name.slug)) > 1:
-            raise RequestError(
-                Code.AMBIGUOUS_REVISION,
-                f"cannot tell which revision of {name.slug} is meant: {len(found)} are here",
-                facts={"entries": [str(entry_id) for entry_id in found]},
-            )
+            raise _ambiguous(name, found)
         entry_id = self.find(name)
         if entry_id is None:
             raise unknown(name)
@@ -109,6 +123,21 @@ class Shelf:
         """The leases on an entry that have not run out at `now` (unix seconds)."""
         return [lease for lease in self.leases.values() if lease.entry == entry_id and lease.expires > now]
 
+    def shown(self) -> set[str]:
+        """The SHA-256 of every blob of every entry, ready or not."""
+        return {sha256 for entry in self.entries.values() for sha256 in entry.manifest.blobs}
+
+    def broken(self) -> set[str]:
+        """The SHA-256 of every blob of entries that are withdrawn."""
+        return {sha256 for entry in self.entries.values() if entry.broken is not None for sha256 in entry.manifest.blobs}
+
+    def newer(self, slug: str, name: str, moment: float, entry_id: EntryId) -> bool:
+        """Whether another entry was resolved from the moving `name` later than at `moment` (unix seconds)."""
+        return any(
+            other.id.slug == slug and other.id != entry_id and name in other.state.names and other.state.resolved_at > moment
+            for other in self.entries.values()
+        )
+
     def alias_taken(self, hub_name: str, slug: str) -> bool:
         """Whether another source's entry shows itself under `hub_name`."""
         return any(entry.hub_id == hub_name and entry.id.slug != slug for entry in self.entries.values())
@@ -116,13 +145,19 @@ class Shelf:
     def _index(self, files: Iterable[File]) -> None:
         for file in files:
             self._by_digest[f"sha256:{file.sha256}"] = file
-            if file.source is not None:
+            if file.source is not None and file.source.algorithm is not Algorithm.SHA256:
                 self._by_digest[str(file.source)] = file
 
 
 def hub_id(ref: Ref, alias: str | None) -> str | None:
     """The name an entry has in the HuggingFace view: the repository's own, else the alias."""
     return ref.location if ref.scheme is Scheme.HF else alias
+
+
+def _ambiguous(name: Ref | SlugName, found: list[EntryId]) -> RequestError:
+    why = f"{len(found)} are here{f' that begin with {short[1]}' if (short := shortened(name)) else ''}"
+    facts: dict[str, object] = {"entries": [str(entry_id) for entry_id in found]}
+    return RequestError(Code.AMBIGUOUS_REVISION, f"cannot tell which revision of {name.slug} is meant: {why}", facts=facts)
 
 
 def unknown(name: Ref | SlugName) -> RequestError:

@@ -1,4 +1,4 @@
-"""What happens between opening a store and being ready: read the catalog, put half-made things right, go on with what was interrupted.
+"""What happens between opening a store and being ready: read the catalog, put half-made things right.
 
 Every step may be repeated and may be killed at any instant. A manifest whose blobs are gone is dropped, aloud; one whose blob lies in quarantine is
 degraded and repaired.
@@ -6,21 +6,17 @@ degraded and repaired.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 from nvcache.core.manifest import Manifest
 from nvcache.core.ref import EntryId
 from nvcache.engine import clock
 from nvcache.engine.context import Context
-from nvcache.engine.ensure import Ensurer
-from nvcache.engine.jobs import Job
 from nvcache.engine.shelf import Entry, hub_id
 from nvcache.errors import Code, IntegrityError
 from nvcache.store.catalog import EntryState
+from nvcache.store.condemn import finish_condemning
 from nvcache.store.root import Root
 
 log = logging.getLogger(__name__)
@@ -28,6 +24,7 @@ log = logging.getLogger(__name__)
 
 def load_shelf(do: Context, root: Root, leases_until: float) -> None:
     """Read everything back and make the disk agree with it. Blocks. Leases live at least until `leases_until` (unix seconds)."""
+    finish_condemning(do.layout, do.blobs)
     plans = do.catalog.plans()
     states: dict[EntryId, EntryState] = {}
     found = do.catalog.manifests()
@@ -40,6 +37,7 @@ def load_shelf(do: Context, root: Root, leases_until: float) -> None:
             _drop(do, manifest, entry)
             continue
         if missing:
+            entry.suspect = True
             entry.broken = IntegrityError(Code.DEGRADED, f"cannot serve {entry_id}: {len(missing)} of its files went bad and are being repaired")
         do.shelf.put(entry)
     root.sweep()
@@ -75,14 +73,3 @@ def _load_leases(do: Context, until: float) -> None:
             do.shelf.leases[lease.id] = replace(lease, expires=max(lease.expires, until))
         else:
             do.catalog.remove_lease(lease.id)
-
-
-async def resume_all(do: Context, ensurer: Ensurer, repair: Callable[[Entry], Job]) -> None:
-    """Go on with interrupted repairs and fills, each until it is done or cannot be."""
-    async with asyncio.TaskGroup() as group:
-        plans = await do.disk.call(do.catalog.plans)
-        for plan in plans.values():
-            group.create_task(ensurer.resume(plan), name=f"resume-{plan.id}")
-        for entry in list(do.shelf.entries.values()):
-            if entry.broken is not None and entry.id not in plans:
-                group.create_task(ensurer.persist(partial(repair, entry), f"the repair of {entry.id}"), name=f"repair-{entry.id}")

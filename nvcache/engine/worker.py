@@ -7,6 +7,7 @@ journals make that safe at any instant.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import logging
 import os
@@ -45,6 +46,7 @@ from nvcache.store.receipts import Receipt, write_receipt
 log = logging.getLogger(__name__)
 NICENESS = 10  # answers to pods come first
 REPORT_EVERY = 0.25  # seconds
+ALIVE_EVERY = 40  # reports
 
 
 class Worker:
@@ -145,12 +147,15 @@ class Worker:
                 del self._pumps[number]
 
     def _report(self) -> None:
-        """Send the progress of every pump, for ever: the body of a thread of its own."""
-        while not self._ended.wait(REPORT_EVERY):
+        """Send the progress of every pump, and a sign of life now and then, for ever: the body of a thread of its own."""
+        for turn in itertools.count():
+            self._ended.wait(REPORT_EVERY)
             with self._lock:
                 pumps = list(self._pumps.items())
             for number, pump in pumps:
                 self._progress(number, *pump.progress())
+            if turn % ALIVE_EVERY == 0:
+                self._send({"event": "alive"})
 
     def _prove(self, task: FetchTask, pumped: Pumped, blob: ingest.Ingest) -> None:
         for algorithm, want, got in ((Algorithm.SHA256, task.sha256, pumped.sha256), (Algorithm.GIT_SHA1, task.git_sha1, pumped.git_sha1)):

@@ -24,6 +24,8 @@ from nvcache.system.run import start_service
 log = logging.getLogger(__name__)
 STOP_GRACE = 10.0  # seconds a cancelled task may take before its process is killed
 STOP_ALL_GRACE = 3.0  # seconds for all workers together when the daemon stops
+TRIES = 3  # of a task whose process dies under it
+SILENCE = 60.0  # seconds without a word from a worker after which it is taken for stuck, and killed: it speaks every few seconds
 LINE_LIMIT = 64 * 2**20  # the chunk digests of a 50 TB file are 25 MB; a line is never longer than this
 ProgressCallback = Callable[[int, int], None]
 
@@ -89,8 +91,19 @@ class Workers:
     async def run(self, task: Task, *, priority: Priority = Priority.DEMAND, progress: ProgressCallback | None = None) -> dict[str, Any]:
         """Run `task` on some worker and return its result. `progress(stored, fetched)` is called on the event loop.
 
-        Raises what the task raised, `DiskError` (worker-died) when its process died, `Interrupted` (stopping). A cancelled caller cancels the task.
+        Tasks may be repeated, and are when their process died. Raises what the task raised, `DiskError` (worker-died) when that happened `TRIES`
+        times, `Interrupted` (stopping). A cancelled caller cancels the task.
         """
+        for attempt in range(1, TRIES + 1):
+            try:
+                return await self._run_once(task, priority, progress)
+            except DiskError as error:
+                if error.code is not Code.WORKER_DIED or attempt == TRIES:
+                    raise
+                log.warning("a task is given to another worker: %s", error)
+        raise AssertionError("unreachable")
+
+    async def _run_once(self, task: Task, priority: Priority, progress: ProgressCallback | None) -> dict[str, Any]:
         await self._start_missing()
         cost = task.lanes if isinstance(task, FetchTask) else 1
         process = await self._acquire(cost, priority)
@@ -182,8 +195,12 @@ class Workers:
     async def _listen(self, process: _Process) -> None:
         """Own one process until it ends: carry its events, then fail what it left undone."""
         try:
-            while line := await process.reader.readline():
-                self._event(process, json.loads(line))
+            async with asyncio.timeout(SILENCE) as silence:
+                while line := await process.reader.readline():
+                    silence.reschedule(asyncio.get_running_loop().time() + SILENCE)
+                    self._event(process, json.loads(line))
+        except TimeoutError:
+            log.warning("worker %d has said nothing for %g s and is killed", process.process.pid, SILENCE)
         except (ConnectionError, ValueError) as error:
             log.warning("worker %d sent nothing readable: %s", process.process.pid, type(error).__name__)
         finally:
@@ -205,9 +222,22 @@ class Workers:
             self.restarts += 1
             log.warning("worker %d ended with status %s", process.process.pid, status)
             if self._waiting:
-                await self._start_missing()
+                await self._replace()
+
+    async def _replace(self) -> None:
+        """Start a worker for those who wait; when that fails they are told, not left waiting."""
+        try:
+            await self._start_missing()
+        except DiskError as error:
+            if not self._processes:
+                for *_, future in self._waiting:
+                    if not future.done():
+                        future.set_exception(error)
+                self._waiting.clear()
 
     def _event(self, process: _Process, message: dict[str, Any]) -> None:
+        if message["event"] == "alive":
+            return
         if message["event"] == "pause":
             self.throttled_seconds += message["seconds"]
             for other in self._processes:

@@ -39,7 +39,7 @@ class HttpRemote:
 
 @dataclass(frozen=True, slots=True)
 class FileRemote:
-    """Bytes in a local file; `token` is what `sources.directory` derived from its stat, checked before and after reading."""
+    """Bytes in a local file; `token` is what `sources.directory` derived from its stat and path, checked before and after reading."""
 
     path: str
     size: int

@@ -26,16 +26,21 @@ SUMS_LIMIT = 64 * 2**20
 MAX_FILES = 100_000
 MAX_FOLDERS = 5_000  # links to folders can multiply them without end
 PIECE = 4 * 2**20  # bytes per read, so that an abort is heeded soon
+Found = tuple[str, os.stat_result, str]  # path below the root, stat, path without links
 _log = logging.getLogger(__name__)
 _SUM_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 
 
 class Directory:
-    """A `Source` for file:///dir. The revision is the SHA-256 of the sorted (path, size, token) list, so that it names exactly those bytes."""
+    """A `Source` for file:///dir.
+
+    The revision is the SHA-256 of the sorted list of paths, sizes, mtimes and inode numbers, which stay when the same disk is mounted again.
+    A file's token also says where it is and when its inode was last changed: two disks whose files are alike otherwise must not be taken for one.
+    """
 
     def resolve(self, ref: Ref) -> Resolved:
         """The revision of the directory as it is now. Raises `SourceError` (revision-not-found) if `ref` is pinned to another."""
-        revision = _revision(_listing(ref))
+        revision, _ = _listing(ref)
         if ref.revision not in (None, revision):
             raise SourceError(
                 Code.REVISION_NOT_FOUND,
@@ -46,8 +51,8 @@ class Directory:
 
     def list(self, resolved: Resolved) -> tuple[RemoteFile, ...]:
         """The files, by path. Raises `SourceError` (source-changed) if they are not those of the revision any more."""
-        files = _listing(resolved.ref)
-        if _revision(files) != resolved.ref.revision:
+        revision, files = _listing(resolved.ref)
+        if revision != resolved.ref.revision:
             raise SourceError(Code.SOURCE_CHANGED, f"cannot list {resolved.ref}: the directory has changed since it was resolved")
         return files
 
@@ -75,6 +80,7 @@ class FileReader:
         self._remote = remote
         self._aborted = threading.Event()
         self._fd = -1
+        self._real = ""  # where the path led when it was opened
         self.received = 0
 
     def read(self, offset: int, into: memoryview) -> None:
@@ -84,6 +90,7 @@ class FileReader:
         """
         try:
             if self._fd < 0:
+                self._real = os.path.realpath(self._remote.path)
                 self._fd = os.open(self._remote.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in the file's place must not block
                 self._check()
             at = 0
@@ -112,15 +119,15 @@ class FileReader:
 
     def _check(self) -> None:
         found = os.fstat(self._fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != self._remote.size or _token(found) != self._remote.token:
-            raise self._changed("its size, time or inode is another")
+        if not stat.S_ISREG(found.st_mode) or found.st_size != self._remote.size or _token(found, self._real) != self._remote.token:
+            raise self._changed("its size, times, inode or place is another")
 
     def _changed(self, why: str) -> SourceError:
         return SourceError(Code.SOURCE_CHANGED, f"cannot read {self._remote.path}: it changed after it was listed: {why}")
 
 
-def _listing(ref: Ref) -> tuple[RemoteFile, ...]:
-    """Every file with its digest, if there is one, sorted by path."""
+def _listing(ref: Ref) -> tuple[str, tuple[RemoteFile, ...]]:
+    """The revision, and every file with its digest, if there is one, sorted by path."""
     root = Path(ref.location)
     doing = f"list {ref.base}"
     try:
@@ -130,16 +137,16 @@ def _listing(ref: Ref) -> tuple[RemoteFile, ...]:
         found = sorted(_walk(root, doing))
     except OSError as error:
         raise _failure(error, doing) from error
-    listed = tuple(RemoteFile(path, facts.st_size, _token(facts), sums.get(path)) for path, facts in found)
+    listed = tuple(RemoteFile(path, facts.st_size, _token(facts, real), sums.get(path)) for path, facts, real in found)
     missing = sorted(path for path in sums.keys() - {file.path for file in listed} if not path.startswith(".") and "/." not in path)
     if missing:
         raise SourceError(Code.FILE_NOT_FOUND, f"cannot {doing}: {SUMS} names {missing[0]!r}, which is not there", hint=f"correct or remove {SUMS}")
-    return listed
+    return _revision(found), listed
 
 
-def _walk(root: Path, doing: str) -> Iterator[tuple[str, os.stat_result]]:
-    """Path below the root and stat of every file. A link to a folder that it is in is left out, and so are sockets, pipes and devices."""
-    folders: list[tuple[Path, str, frozenset[tuple[int, int]]]] = [(root, "", frozenset())]
+def _walk(root: Path, doing: str) -> Iterator[Found]:
+    """Every file. A link to a folder that it is in is left out, and so are sockets, pipes and devices."""
+    folders: list[tuple[Path, str, frozenset[tuple[int, int]]]] = [(root.resolve(), "", frozenset())]
     visited = files = 0
     while folders:
         folder, prefix, above = folders.pop()
@@ -161,7 +168,7 @@ def _walk(root: Path, doing: str) -> Iterator[tuple[str, os.stat_result]]:
                     folders.append((Path(entry.path).resolve(), f"{prefix}{entry.name}/", above | {identity}))
                 elif stat.S_ISREG(facts.st_mode):
                     files += 1
-                    yield f"{prefix}{entry.name}", facts
+                    yield f"{prefix}{entry.name}", facts, os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                 else:
                     _log.info("left out of %s: %s%s is neither a file nor a folder", root, prefix, entry.name)
 
@@ -198,15 +205,20 @@ def _sums(root: Path, doing: str) -> dict[str, Digest]:
     return sums
 
 
-def _token(facts: os.stat_result) -> str:
-    """What changes when a file's content does, short of deliberate forgery."""
-    return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
+def _token(facts: os.stat_result, real: str) -> str:
+    """What is another for every file of the node, and changes when its content does, even if the other times are put back (nobody can set a ctime).
+
+    `real` is the path without links: two hard links may have two digests in `SHA256SUMS`.
+    """
+    identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, real)
+    return f"file-{hashlib.sha256(repr(identity).encode()).hexdigest()}"
 
 
-def _revision(files: tuple[RemoteFile, ...]) -> str:
+def _revision(files: list[Found]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.path}\0{file.size}\0{file.token}\0".encode("utf-8", "surrogateescape"))
+    for path, facts, _ in files:
+        stamp = f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}"
+        digest.update(f"{path}\0{facts.st_size}\0{stamp}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

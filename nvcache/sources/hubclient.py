@@ -171,7 +171,8 @@ class HubClient:
         else:
             said = _said(response)
             code, why, retryable, pause = self._by_status(response, code, said)
-        text = f"cannot {doing}: {why}" + (f" ({said})" if said and said not in why else "")
+        news = said and said not in why and code is not Code.REPOSITORY_NOT_FOUND  # "Repository not found" says less than we do
+        text = f"cannot {doing}: {why}" + (f" ({said})" if news else "")
         return SourceError(code, text, retryable=retryable, retry_after_s=pause)
 
     def _without_answer(self, error: Exception, code: Code) -> tuple[Code, str]:
@@ -209,8 +210,8 @@ class HubClient:
         if code is Code.GATED:
             return code, _gated(status, sent=sent), None, None
         if code is Code.REPOSITORY_NOT_FOUND or (status == 401 and not sent):
-            hidden = "or the token's account may not see it" if sent else "or is private, and no token is set"
-            return Code.REPOSITORY_NOT_FOUND, f"{self._origin} has no such repository, {hidden} ({status})", None, None
+            hidden = "it is private and the token's account may not see it" if sent else "it is private and no token is set"
+            return Code.REPOSITORY_NOT_FOUND, f"no such repository at {self._origin}, or {hidden}", None, None
         if status == 404 and code is Code.SOURCE_FAILED:
             return Code.REPOSITORY_NOT_FOUND, f"{self._origin} has no such repository or revision (404)", None, None
         if code is Code.SOURCE_FAILED:

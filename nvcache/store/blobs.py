@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import secrets
@@ -19,12 +20,15 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nvcache.errors import Code, IntegrityError
+from nvcache.errors import Code, DiskError, IntegrityError, SpaceError
 from nvcache.store.files import disk_errors, durable_write, fsync_path
 from nvcache.store.layout import Layout
 
+NOTE = ".note"  # what ends the name of the file beside a quarantined blob that says why it is there
 GRACE = 600.0  # seconds a blob nobody links is kept: the time between its commit and its views
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+log = logging.getLogger(__name__)
 
 
 class Blobs:
@@ -42,6 +46,17 @@ class Blobs:
             except FileNotFoundError:
                 return False
         return stat.S_ISREG(facts.st_mode) and facts.st_size == size
+
+    def shown(self, sha256: str, facts: os.stat_result) -> bool:
+        """Whether the file with these facts is the blob: the same inode, or the copy that `link` made of it for want of links.
+
+        A copy is known by its size and mtime, which are the blob's; bytes are not compared. Raises OSError.
+        """
+        try:
+            blob = self._layout.blob(sha256).lstat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(facts, blob) or (stat.S_ISREG(facts.st_mode) and _stamp(facts) == _stamp(blob))
 
     def link(self, sha256: str, name: str, *, dir_fd: int) -> None:
         """Give the blob one more name, in the open directory `dir_fd`; a file of that name is replaced, atomically, unless it is the blob already.
@@ -120,10 +135,10 @@ class Blobs:
     def quarantine(self, sha256: str, note: str) -> Path:
         """Move a damaged blob out of the way, with a note beside it; the answer is where it is now. Views that link it are withdrawn before.
 
-        An earlier one of that digest is replaced. Raises `IntegrityError` (degraded) when there is no such blob, `DiskError`, `SpaceError`.
+        An earlier one of that digest is replaced. The note is written if it can be: a full disk must not keep a bad blob in place. Raises
+        `IntegrityError` (degraded) when there is no such blob, `DiskError`.
         """
         blob, target = self._layout.blob(sha256), self._layout.quarantine / sha256
-        durable_write(target.with_suffix(".note"), note.encode() + b"\n", 0o600, temp=self._layout.tmp)
         with disk_errors(f"quarantine blob {sha256}"), self._folder(blob, fcntl.LOCK_EX) as folder:
             try:
                 blob.rename(target)
@@ -131,6 +146,10 @@ class Blobs:
                 raise IntegrityError(Code.DEGRADED, f"cannot quarantine blob {sha256}: it is not in the store") from None
             os.fsync(folder)
             fsync_path(self._layout.quarantine)
+        try:
+            durable_write(target.with_suffix(NOTE), note.encode() + b"\n", 0o600, temp=self._layout.tmp)
+        except (SpaceError, DiskError) as error:
+            log.warning("blob %s is in quarantine without a note why (%s): %s", sha256, error, note)
         return target
 
     def walk(self) -> Iterator[tuple[str, int, int]]:
@@ -142,12 +161,14 @@ class Blobs:
         """The sum of the blobs' sizes; each counts once, however many views show it. Raises `DiskError`."""
         return sum(size for _, size, _ in self.walk())
 
-    def forget_mended(self) -> None:
-        """Remove the quarantined copies of blobs that are whole again: they were kept for a person to look at, as long as there was room."""
+    def drop_quarantined(self, keep: Container[str]) -> None:
+        """Remove the quarantined blobs whose SHA-256 is not in `keep`, and their notes. Other things in quarantine stay. Raises `DiskError`."""
         with disk_errors("clean up the quarantine"):
-            for child in os.scandir(self._layout.quarantine):
-                if _SHA256.fullmatch(child.name) and self._layout.blob(child.name).exists():
-                    os.unlink(child.path)  # noqa: PTH108 - a DirEntry has a plain path
+            for child in list(os.scandir(self._layout.quarantine)):
+                sha256 = child.name.removesuffix(NOTE)
+                if _SHA256.fullmatch(sha256) and sha256 not in keep:
+                    with suppress(FileNotFoundError):
+                        os.unlink(child.path)  # noqa: PTH108 - a DirEntry has a plain path
 
     def quarantined_bytes(self) -> int:
         """The size of all that is in quarantine. Raises `DiskError`."""
@@ -211,11 +232,17 @@ def _same(facts: os.stat_result, name: str, dir_fd: int) -> bool:
     return os.path.samestat(facts, there)
 
 
+def _stamp(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_size, facts.st_mtime_ns
+
+
 def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
+    facts = source.stat()
     fd = os.open(target, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         os.fchmod(fd, 0o444)
+        os.utime(fd, ns=(facts.st_atime_ns, facts.st_mtime_ns))  # see `shown`
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -128,8 +129,13 @@ class Catalog:
         """Note that `entry` was used at `now` (unix seconds). Not synced: a power cut may lose it. Raises `SpaceError`, `DiskError`."""
         path = self._layout.use_file(entry)
         with disk_errors(f"note the last use of {entry}"):
-            path.touch(0o644)
-            os.utime(path, (now, now))
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            try:
+                if stat.S_IMODE(os.fstat(fd).st_mode) != 0o644:  # the umask has its say at the making
+                    os.fchmod(fd, 0o644)
+                os.utime(fd, (now, now))
+            finally:
+                os.close(fd)
 
     def last_used(self, entry: EntryId, now: float) -> float | None:
         """When `entry` was last used, unix seconds, never later than `now`; None when it never was. Raises `DiskError`."""

@@ -6,6 +6,9 @@ journal says after a restart is a claim (see `store.journal`); the caller reads 
 Data is written around the page cache (O_DIRECT) from page-aligned buffers, the tail rounded up to a block and cut at commit. Where the file system
 refuses that, at the switch or at the first write, the ingest goes on through the page cache and starts write-back after each chunk. A file of one
 chunk has no journal: its restart costs what a chunk in flight costs.
+
+One writer at a time: whoever has an ingest open holds the claim on it (see `store.claim`) and reaches its files through that descriptor. So what is
+committed is the file that was written and proven, whatever happens to the path meanwhile.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nvcache.core.manifest import CHUNK, chunk_count
-from nvcache.errors import Code, DiskError
-from nvcache.store import journal
+from nvcache.errors import Code, DiskError, IntegrityError
+from nvcache.store import claim, journal
 from nvcache.store.files import BLOCK, aligned_buffer, disk_errors, fsync_path, preallocate, read_at, round_up, set_direct
 from nvcache.store.layout import Layout
 
@@ -55,6 +58,7 @@ class Ingest:
         self._folder = layout.ingest_dir(key)
         self._lock = threading.Lock()
         self._chunks: dict[int, int] = {}
+        self._home = -1  # the folder, locked
         self._data = -1
         self._journal = -1
         self._journal_end = 0
@@ -64,15 +68,17 @@ class Ingest:
         self._unsynced_since: float | None = None
 
     @classmethod
-    def open(cls, layout: Layout, key: str, size: int, *, chunk_size: int = CHUNK, direct: bool = True) -> Ingest:
-        """Resume the ingest of `key` if its size and chunk size are these, else make it anew with its space reserved.
+    def open(cls, layout: Layout, key: str, size: int, *, chunk_size: int = CHUNK, direct: bool = True, resume: bool = True) -> Ingest:
+        """Resume the ingest of `key` if its size and chunk size are these, else (or with `resume` off) make it anew with its space reserved.
 
-        `direct` False writes through the page cache. Raises `SpaceError` (disk-full) with nothing left behind, `DiskError`.
+        `direct` False writes through the page cache. Blocks for up to `claim.PATIENCE` while another task, here or in another process, has it open.
+        Raises `SpaceError` (disk-full) with nothing left behind, `DiskError` (disk-stalled when that task does not let go).
         """
         ingest = cls(layout, key, size, chunk_size)
         with disk_errors(f"open the ingest {key}"):
+            ingest._home = claim.claim(ingest._folder)
             try:
-                if not ingest._resume():
+                if not (resume and ingest._resume()):
                     ingest._create()
                 if direct and size >= BLOCK and chunk_size % BLOCK == 0:
                     ingest._direct = set_direct(ingest._data, True)
@@ -150,7 +156,8 @@ class Ingest:
 
         A power cut before `Blobs.sync` may lose the name of a blob of one chunk, never show it with other bytes.
         The caller has proven length and digest. A blob of that name and size is kept and ours dropped; one of another size is damaged and replaced.
-        Raises `SpaceError`, `DiskError`; then close it, and commit again after its next open.
+        Raises `SpaceError`, `DiskError`, `IntegrityError` (degraded: the data is not the file that was written); then close it, and commit again
+        after its next open.
         """
         if self._spoiled:
             raise DiskError(Code.DISK_IO, f"cannot commit blob {sha256}: the disk failed to sync its data before")
@@ -161,10 +168,10 @@ class Ingest:
             os.fsync(self._data)
             if not self._direct:
                 os.posix_fadvise(self._data, 0, 0, os.POSIX_FADV_DONTNEED)
-        self.close()
         with disk_errors(f"commit blob {sha256}"):
             self._link(self._layout.blob(sha256))
-        discard(self._layout, self.key)
+            claim.remove(self._home, self._folder)
+        self.close()
 
     def restart(self) -> None:
         """Throw all chunks away but keep the space: the whole was wrong. Raises `DiskError`."""
@@ -177,10 +184,11 @@ class Ingest:
                 os.fdatasync(self._journal)
 
     def close(self) -> None:
-        """Give the descriptors back; the ingest stays for a later `open`. Safe to call twice."""
+        """Give the descriptors back, the lock last; the ingest stays for a later `open`. Safe to call twice."""
         data, self._data = self._data, -1
         record, self._journal = self._journal, -1
-        for fd in (data, record):
+        home, self._home = self._home, -1
+        for fd in (data, record, home):
             if fd >= 0:
                 os.close(fd)
 
@@ -191,7 +199,7 @@ class Ingest:
         if self.count <= 1:
             return False
         try:
-            facts = (self._folder / "data").lstat()
+            facts = os.stat("data", dir_fd=self._home, follow_symlinks=False)
             raw = (self._folder / "journal").read_bytes()
         except FileNotFoundError:
             return False
@@ -201,33 +209,33 @@ class Ingest:
             return False
         if facts.st_size not in (self.size, round_up(self.size)):
             return False
-        (self._folder / "data").chmod(0o600)  # a commit may have been cut short after it took the write bit
-        self._data = os.open(self._folder / "data", os.O_RDWR | os.O_NOFOLLOW)
-        self._journal = os.open(self._folder / "journal", os.O_RDWR | os.O_NOFOLLOW)
+        os.chmod("data", 0o600, dir_fd=self._home)  # a commit may have been cut short after it took the write bit
+        self._data = os.open("data", os.O_RDWR | os.O_NOFOLLOW, dir_fd=self._home)
+        self._journal = os.open("journal", os.O_RDWR | os.O_NOFOLLOW, dir_fd=self._home)
         os.ftruncate(self._journal, found.length)
         self._chunks, self._journal_end = found.chunks, found.length
         return True
 
     def _create(self) -> None:
-        """A new folder with the space reserved; none at all when there is no room."""
+        """New files with the space reserved in the folder; no folder at all when there is no room."""
         try:
-            self._folder.mkdir(0o700)
-        except FileExistsError:
-            discard(self._layout, self.key)
-            self._folder.mkdir(0o700)
-        try:
-            self._data = os.open(self._folder / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            if os.listdir(self._home):  # noqa: PTH208 - a descriptor has no path; what an earlier run left
+                claim.empty(self._home)
+            self._data = self._new("data")
             if self.size >= BLOCK:
                 preallocate(self._data, round_up(self.size))
             if self.count > 1:
-                self._journal = os.open(self._folder / "journal", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+                self._journal = self._new("journal")
                 self._append(journal.header(self.key, self.size, self.chunk_size))
-                fsync_path(self._folder)
+                os.fsync(self._home)
                 fsync_path(self._folder.parent)
         except BaseException:
-            self.close()
-            discard(self._layout, self.key)
+            with suppress(OSError):  # the first error is the one to tell
+                claim.remove(self._home, self._folder)
             raise
+
+    def _new(self, name: str) -> int:
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=self._home)
 
     # -- moving bytes
 
@@ -273,23 +281,32 @@ class Ingest:
     def _link(self, blob: Path) -> None:
         """Give the data its name among the blobs; durably for a large file. Small ones, of which there may be thousands, are synced when published.
 
-        The folder's lock keeps the collector away (it takes it exclusively), and the fresh timestamp of a blob found there restarts its grace period.
+        The folder's lock keeps the collector away (it takes it exclusively), and the fresh ctime of a blob found there restarts its grace period; its
+        mtime stays, because copies are known by it (`Blobs.shown`).
         """
+        self._must_be_ours(blob.name)
         folder = os.open(blob.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(folder, fcntl.LOCK_SH)
             try:
-                os.link(self._folder / "data", blob.name, dst_dir_fd=folder, follow_symlinks=False)
+                os.link("data", blob.name, src_dir_fd=self._home, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
                 there = os.stat(blob.name, dir_fd=folder, follow_symlinks=False)
                 if stat.S_ISREG(there.st_mode) and there.st_size == self.size:
-                    os.utime(blob.name, dir_fd=folder, follow_symlinks=False)
+                    os.utime(blob.name, ns=(there.st_atime_ns, there.st_mtime_ns), dir_fd=folder, follow_symlinks=False)
                 else:
-                    os.rename(self._folder / "data", blob.name, dst_dir_fd=folder)
+                    os.rename("data", blob.name, src_dir_fd=self._home, dst_dir_fd=folder)
             if self.count > 1:
                 os.fsync(folder)
         finally:
             os.close(folder)
+
+    def _must_be_ours(self, sha256: str) -> None:
+        """What is about to be linked by its name must be the file that was written and proven."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._data), os.stat("data", dir_fd=self._home, follow_symlinks=False)):
+                return
+        raise IntegrityError(Code.DEGRADED, f"cannot commit blob {sha256}: its data was replaced or removed while it was written", retryable=True)
 
     @contextmanager
     def _or_spoil(self, doing: str) -> Iterator[None]:
@@ -303,18 +320,25 @@ class Ingest:
             except OSError:
                 self._spoiled = True
                 with suppress(OSError):  # the failed sync is the error to tell
-                    (self._folder / "journal").unlink()
+                    os.unlink("journal", dir_fd=self._home)
                 raise
 
 
-def discard(layout: Layout, key: str) -> None:
-    """Remove the ingest of `key`, if there is one, and give its space back. Raises `DiskError`."""
+def discard(layout: Layout, key: str) -> bool:
+    """Remove the ingest of `key` and give its space back: True when there is none any more. Raises `DiskError`.
+
+    One that some task has open is left alone, without waiting: False. It is idle once that task ends, to be discarded then or by the next sweep.
+    """
     folder = layout.ingest_dir(key)
-    with disk_errors(f"discard the ingest {key}"):
-        (folder / "journal").unlink(missing_ok=True)
-        (folder / "data").unlink(missing_ok=True)
-        with suppress(FileNotFoundError):
-            folder.rmdir()
+    with disk_errors(f"discard the ingest {key}"), suppress(FileNotFoundError):
+        home = claim.try_claim(folder)
+        if home is None:
+            return False
+        try:
+            claim.remove(home, folder)
+        finally:
+            os.close(home)
+    return True
 
 
 def kept_bytes(layout: Layout, key: str) -> int:
@@ -331,10 +355,9 @@ def seed(layout: Layout, key: str, source: Path, size: int, good: Mapping[int, i
     """Prepare a repair: an ingest of `key` that already has the good chunks (index → XXH3-64) of the damaged file `source`.
 
     The bytes are shared with `source` where the file system can (FICLONE), else only the good chunks are copied: a bad one may not be readable.
-    Raises `SpaceError`, `DiskError`.
+    What an earlier fill left of `key` goes; one that is under way is waited for as by `Ingest.open`. Raises `SpaceError`, `DiskError`.
     """
-    discard(layout, key)
-    ingest = Ingest.open(layout, key, size, chunk_size=chunk_size, direct=direct)
+    ingest = Ingest.open(layout, key, size, chunk_size=chunk_size, direct=direct, resume=False)
     try:
         with disk_errors(f"copy {source.name} for its repair"):
             fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)

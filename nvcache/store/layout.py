@@ -100,6 +100,11 @@ class Layout:
         return self.root / "quarantine"
 
     @property
+    def condemned(self) -> Path:
+        """The blobs that are on their way to quarantine (`store.condemn`)."""
+        return self.root / "quarantine" / "condemned.json"
+
+    @property
     def tmp(self) -> Path:
         """Half-made and half-removed things; emptied at every start."""
         return self.root / "tmp"

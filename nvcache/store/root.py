@@ -66,7 +66,9 @@ class Root:
             os.close(lock)
 
     def sweep(self) -> None:
-        """Remove what an earlier run left half-made: everything in tmp/, and ingests that no plan needs or that became a blob. Quarantine is kept.
+        """Remove what an earlier run left by halves. Quarantine is kept.
+
+        That is everything in tmp/, ingests that no plan needs or that became a blob, and what is noted of entries with neither manifest nor plan.
 
         Only for the start, before anything else uses the store. Raises `DiskError`.
         """
@@ -83,6 +85,12 @@ class Root:
             for child in list(os.scandir(self.layout.receipts)):
                 if child.name not in needed:
                     _remove(child)
+            # By name: an entry whose manifest cannot be read just now is not gone.
+            entries = {name.removesuffix(".json") for folder in (self.layout.manifests, self.layout.plans) for name in _names(folder)}
+            for folder in (self.layout.state, self.layout.use):
+                for child in list(os.scandir(folder)):
+                    if child.name.removesuffix(".json") not in entries:
+                        _remove(child)
 
 
 @contextmanager
@@ -102,10 +110,16 @@ def _refusals(root: Path) -> Iterator[None]:
 
 
 def _make_root(root: Path) -> None:
-    if not root.is_dir():
+    if root.is_dir():
+        return
+    try:
         root.parent.mkdir(parents=True, exist_ok=True)
         make_dir(root)
-        fsync_path(root.parent)
+    except (FileNotFoundError, PermissionError) as error:  # ENOENT is how procfs, sysfs and a dangling link refuse
+        code = Code.STORE_READONLY if isinstance(error, PermissionError) else Code.STORE_UNFIT
+        why = f"cannot use the store {root}: the directory cannot be made there ({error.strerror})"
+        raise ConfigError(code, why, hint="name another with --store or NVCACHE_STORE, or make it for the daemon's user") from error
+    fsync_path(root.parent)
 
 
 def _recognise(layout: Layout) -> str | None:
@@ -146,7 +160,8 @@ def _take_lock(layout: Layout) -> int:
     except OSError as error:
         os.close(fd)
         raise ConfigError(Code.STORE_UNFIT, f"cannot use the store {layout.root}: its file system has no locks ({error.strerror})") from error
-    with suppress(OSError):  # the pid is a help for people; a full disk must not keep the store from opening
+    with suppress(OSError):  # the pid is a help for people, who may read it; a full disk must not keep the store from opening
+        os.fchmod(fd, 0o644)
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd

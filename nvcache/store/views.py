@@ -77,6 +77,11 @@ class Views:
             self._take_away(self._layout.view(entry))
             remove_if_empty(self._layout.view(entry).parent)
 
+    def withdraw_hub(self, manifest: Manifest, *, hub_id: str) -> None:
+        """Hide the entry under one Hub name only; the flat view stays. Raises `DiskError`."""
+        with self._lock, disk_errors(f"withdraw {manifest.id} as {hub_id}"):
+            self._withdraw_snapshot(self._layout.hub_repo(hub_id), self.hub_commit(manifest))
+
     def names(self, hub_id: str) -> dict[str, str]:
         """The refs of a model in the HuggingFace view: name → commit. Raises `DiskError`."""
         with disk_errors(f"read the refs of {hub_id}"):
@@ -88,7 +93,9 @@ class Views:
         return manifest.id.revision[:40]
 
     def complete(self, manifest: Manifest, hub_id: str | None) -> bool:
-        """Whether every file is in every view with its size and the listing names exactly them. Bytes and refs are not looked at.
+        """Whether every file is in every view, is its blob and has its size, and the listing names exactly them. Bytes and refs are not looked at.
+
+        A view whose blob is gone, or was replaced, counts as incomplete even if its own link to the bytes is still there.
 
         Raises `DiskError`.
         """
@@ -153,14 +160,14 @@ class Views:
                     os.close(fd)
 
     def _shown(self, manifest: Manifest, target: Path) -> bool:
-        """Whether all files are below `target`, as regular files of their size."""
+        """Whether all files are below `target`, as their blobs and with their size."""
         try:
             with self._folder(target, make=False) as root:
                 for folder, children in _by_folder(manifest.files).items():
                     with descend(root, folder, make=False) as fd:
                         for file in children:
                             facts = os.stat(file.path.rpartition("/")[2], dir_fd=fd, follow_symlinks=False)
-                            if not stat.S_ISREG(facts.st_mode) or facts.st_size != file.size:
+                            if not stat.S_ISREG(facts.st_mode) or facts.st_size != file.size or not self._blobs.shown(file.sha256, facts):
                                 return False
         except (FileNotFoundError, NotADirectoryError):
             return False

@@ -51,6 +51,7 @@ def test_every_operation_is_described(daemon: Daemon) -> None:
         "/v1/jobs/{job}",
         "/v1/space",
         "/v1/stripe",
+        "/v1/sources",
         "/healthz",
         "/readyz",
         "/version",
@@ -65,6 +66,11 @@ def test_every_operation_is_described(daemon: Daemon) -> None:
                 assert operation["responses"][status] == schemas.PROBLEM, (method, path)
 
 
+@pytest.mark.parametrize("page", ["/docs", "/redoc", "/docs/oauth2-redirect"])
+def test_no_page_that_would_load_scripts_from_elsewhere(daemon: Daemon, page: str) -> None:
+    assert daemon.ask("GET", page).status == 404
+
+
 @pytest.mark.slow
 def test_answers_conform_to_the_document(settings_of: Callable[..., Settings], model: str, place: Path) -> None:
     (place / "token").write_text(TOKEN)
@@ -76,4 +82,4 @@ def test_answers_conform_to_the_document(settings_of: Callable[..., Settings], m
         environment = {"PATH": os.environ["PATH"], "HOME": str(place)}
         found = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment, cwd=place)
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr
-    assert "Tested: 21" in found.stdout
+    assert "Tested: 22" in found.stdout

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nvcache import __version__
+from nvcache.api.metrics import EngineCollector
 from tests.api.harness import Daemon
 
 UNKNOWN = "hf--a--b@" + "1" * 40
@@ -54,6 +55,29 @@ def test_a_ready_model_is_found_by_every_name(daemon: Daemon, model: str) -> Non
         assert daemon.ask("GET", f"/v1/models/{name}").json["entry"] == ready["entry"]
     assert [found["entry"] for found in daemon.ask("GET", "/v1/models?state=ready").json["models"]] == [ready["entry"]]
     assert daemon.ask("GET", "/v1/models?state=failed").json == {"models": []}
+
+
+def test_a_short_revision_and_a_slug_are_taken_everywhere(daemon: Daemon, model: str) -> None:
+    entry = daemon.ready(model)["entry"]
+    slug, _, revision = entry.partition("@")
+    for name in (f"{slug}@{revision[:7]}", f"{slug}@{revision[:12]}"):
+        assert daemon.ask("GET", f"/v1/models/{name}").json["entry"] == entry
+        assert daemon.ask("PUT", f"/v1/models/{name}/pin").json["pinned"] is True
+        assert daemon.ask("DELETE", f"/v1/models/{name}/pin").json["pinned"] is False
+        assert daemon.ask("POST", f"/v1/models/{name}/verify").json["entry"] == entry
+    for name in (slug, entry, f"{slug}@{revision[:7]}", f"{model}@{revision[:12]}"):
+        assert daemon.ask("GET", f"/v1/models?ref={name}").json["entry"] == entry
+        made = daemon.ask("POST", "/v1/models", {"ref": name})
+        assert (made.status, made.json["entry"]) == (200, entry)
+    lease = daemon.ask("POST", f"/v1/models/{slug}@{revision[:7]}/leases", {"holder": "x"})
+    assert (lease.status, lease.json["entry"]) == (201, entry)
+
+
+def test_only_what_is_here_can_be_made_ready_by_its_slug(daemon: Daemon) -> None:
+    for name in ("hf--a--b", UNKNOWN, UNKNOWN[:20]):
+        answer = daemon.ask("POST", "/v1/models", {"ref": name})
+        assert (answer.status, answer.code) == (404, "unknown-model")
+        assert "org/name" in answer.json["hint"]
 
 
 def test_show_names_every_file_and_what_it_was_checked_against(daemon: Daemon, model: str) -> None:
@@ -150,7 +174,13 @@ def test_leases_hold_a_model(daemon: Daemon, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [{"ttl_s": 0}, {"ttl_s": -1}, {"ttl_s": 1e9}, {"ttl_s": "1"}, {"holder": "a\nb"}, {"holder": "x" * 201}, {"who": "x"}, b'{"ttl_s": NaN}']
+    "body",
+    [
+        *({"ttl_s": ttl} for ttl in (0, -1, 1e9, "1")),
+        *({"holder": holder} for holder in ("a\nb", "x" * 201, "\x9b31m", "a\u2029b", "\u202eb", "\u2069")),
+        {"who": "x"},
+        b'{"ttl_s": NaN}',
+    ],
 )
 def test_bad_lease_wishes(daemon: Daemon, body: object) -> None:
     assert daemon.ask("POST", f"/v1/models/{UNKNOWN}/leases", body).code == "bad-request"
@@ -204,6 +234,22 @@ def test_space_and_stripe(daemon: Daemon, model: str) -> None:
     assert daemon.ask("GET", "/v1/stripe").json["backend"] == "directory"
 
 
+def test_sources_are_told_without_secrets(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY", "HF_TOKEN", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", "/nowhere")
+    hub, directory = daemon.ask("GET", "/v1/sources").json["sources"]
+    assert hub == {"scheme": "hf", "endpoint": "https://huggingface.co", "token": False, "xet": True, "proxies": {}, "no_proxy": False}
+    assert (directory["scheme"], directory["endpoint"]) == ("file", None)
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:verysecret@proxy.example:3128/")
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    answer = daemon.ask("GET", "/v1/sources")
+    hub = answer.json["sources"][0]
+    assert (hub["token"], hub["proxies"], hub["no_proxy"]) == (True, {"https": "proxy.example:3128"}, True)
+    assert b"verysecret" not in answer.data
+
+
 def test_metrics_count(daemon: Daemon, model: str) -> None:
     daemon.ready(model)
     daemon.ask("GET", f"/v1/models?ref={model}")
@@ -217,6 +263,7 @@ def test_metrics_count(daemon: Daemon, model: str) -> None:
         "nvcache_fill_seconds_count 1.0",
     ):
         assert line in text.splitlines()
+    assert [family.samples for family in EngineCollector(daemon.engine).collect() if family.name == "nvcache_jobs"] == [[]]
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")]
     assert all(name.startswith("nvcache_") for name in names)
     assert len(names) == len(set(names))

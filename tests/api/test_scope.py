@@ -31,7 +31,7 @@ POD_MORE = [
     ("PUT", f"/v1/models/{ENTRY}/leases/1", {}),
     ("DELETE", f"/v1/models/{ENTRY}/leases/1", None),
 ]
-LOOK_UPS = ["/v1/models", "/v1/jobs", "/v1/space", "/v1/stripe", "/metrics"]
+LOOK_UPS = ["/v1/models", "/v1/jobs", "/v1/space", "/v1/stripe", "/v1/sources", "/metrics"]
 OPEN = ["/healthz", "/version", "/openapi.json"]
 
 
@@ -48,6 +48,21 @@ def test_pods_look_up_but_do_not_administrate(guarded: Daemon) -> None:
     for method, path, body in ADMIN_ONLY:
         answer = guarded.ask(method, path, body)
         assert (answer.status, answer.code) == (403, "not-allowed"), path
+
+
+def test_a_refusal_says_what_of_whom_and_where_to_go(guarded: Daemon, model: str) -> None:
+    for (method, path, body), doing in zip(
+        ADMIN_ONLY, (f"remove {ENTRY}", f"pin {ENTRY}", f"unpin {ENTRY}", f"verify {ENTRY}", "list the leases", "cancel job 1"), strict=True
+    ):
+        document = guarded.ask(method, path, body).json
+        assert document["detail"] == f"cannot {doing}: this socket may only ask, warm and lease"
+        assert document["hint"] == "run as the daemon's user, or name the admin socket with --socket"
+    document = guarded.tcp("POST", "/v1/models", {"ref": model}, {"Authorization": f"Bearer {TOKEN}"}).json
+    assert document["detail"] == f"cannot make {model} ready: this token may only look"
+    assert "listen_scope" in document["hint"]
+    document = guarded.ask("POST", "/v1/models", {"ref": "a/b"}).json
+    assert "`allow` pattern" in document["hint"]
+    assert "NVCACHE_TOKEN_FILE" in guarded.tcp("GET", "/v1/models").json["hint"]
 
 
 def test_the_admin_socket_may_do_everything(guarded: Daemon) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,13 +60,25 @@ def end(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> tuple[i
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_line_when_ready_and_a_clean_end(place: Path, number: int) -> None:
     with served(place) as process:
-        assert first_line(process.stdout) == f"nvcache {__version__} ready on unix://{place}/x.sock store {place}/store (0 models)\n"
+        assert first_line(process.stdout) == f"nvcache {__version__} ready on unix://{place}/x.sock; store {place}/store (0 models)\n"
         assert ask(UnixConnection(place / "x.sock"), "GET", "/readyz").status == 200
         code, seconds, out, err = end(process, number)
     assert (code, out) == (0, ""), err
     assert "Traceback" not in err
     assert seconds < 5
     assert not (place / "x.sock").exists()
+
+
+def test_the_line_names_every_address_that_pods_may_use(place: Path) -> None:
+    (place / "token").write_text("correct-horse")
+    tcp = ("--listen", "127.0.0.1:0", "--listen-token-file", str(place / "token"), "--log-format", "console")
+    with served(place, "--admin-socket", str(place / "admin.sock"), *tcp) as process:
+        line = first_line(process.stdout)
+        _, _, _, err = end(process)
+    found = re.fullmatch(rf"nvcache \S+ ready on unix://{place}/x\.sock, (http://127\.0\.0\.1:[1-9]\d+); store {place}/store \(0 models\)\n", line)
+    assert found, line
+    for address in (f"unix://{place}/x.sock", f"unix://{place}/admin.sock", found[1]):
+        assert f"listening on {address}" in err
 
 
 def test_an_open_event_stream_a_stalled_fill_and_a_stuck_request_do_not_hold_it_up(place: Path) -> None:

@@ -129,6 +129,41 @@ def test_any_change_is_another_revision(folder: Path, change: str) -> None:
     assert (changed.code, changed.retryable) == (Code.SOURCE_CHANGED, True)
 
 
+def test_a_token_is_of_one_place_and_a_revision_of_its_content(folder: Path, tmp_path: Path) -> None:
+    """Hard links differ (two names, maybe two digests), links to one file do not; a changed inode is another token, but no other revision."""
+    source, file = Directory(), folder / "config.json"
+    (folder / "hard.json").hardlink_to(file)
+    (folder / "soft.json").symlink_to("config.json")
+    before = source.resolve(ref(folder))
+    tokens = {listed.path: listed.token for listed in source.list(before)}
+    assert tokens["config.json"] == tokens["soft.json"] != tokens["hard.json"]
+    remote = remote_of(folder, "config.json")
+    (tmp_path / "backup.json").hardlink_to(file)  # moves the ctime only
+    assert source.resolve(ref(folder)).ref.revision == before.ref.revision
+    assert {listed.path: listed.token for listed in source.list(before)}["config.json"] != tokens["config.json"]
+    assert refused(lambda: read(remote, 0, 2)).code is Code.SOURCE_CHANGED
+
+
+def test_the_revision_does_not_depend_on_the_mount(folder: Path) -> None:
+    """Path, size, mtime and inode: what is the same when the disk is mounted again."""
+    digest = hashlib.sha256()
+    for path in ("config.json", "sub/w.safetensors"):
+        facts = (folder / path).stat()
+        digest.update(f"{path}\0{facts.st_size}\0{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}\0".encode())
+    assert Directory().resolve(ref(folder)).ref.revision == digest.hexdigest()
+
+
+def test_a_link_that_leads_elsewhere_is_noticed(folder: Path) -> None:
+    """A hard link of the same inode in its place is not what was listed either."""
+    (folder / "hard.json").hardlink_to(folder / "config.json")
+    (folder / "soft.json").symlink_to("config.json")
+    remote = remote_of(folder, "soft.json")
+    assert read(remote, 0, 2) == b"{}"
+    (folder / "soft.json").unlink()
+    (folder / "soft.json").symlink_to("hard.json")
+    assert refused(lambda: read(remote, 0, 2)).code is Code.SOURCE_CHANGED
+
+
 @pytest.mark.parametrize("change", ["touch", "truncate", "replace"])
 def test_a_file_that_changes_under_a_reader_is_noticed(folder: Path, change: str) -> None:
     """Between listing and opening, and between two reads."""

@@ -143,12 +143,56 @@ def test_ls_path_df_jobs(daemon, tiny):
     assert (hub_cache / "models--acme--tiny" / "snapshots").is_dir()
     space = json.loads(daemon.cli("df", "--json").stdout)
     assert space["limit"] == 2 * 10**9
-    assert {"entry": listed["entry"], "bytes": listed["bytes"]} in space["models"]
+    assert {"entry": listed["entry"], "state": "ready", "bytes": listed["bytes"]} in space["models"]
     assert 0 < space["free"] < space["total"]
     assert "reserved" in daemon.cli("df").stdout
     jobs = json.loads(daemon.cli("jobs", "--json").stdout)["jobs"]
     assert any(job["entry"] == listed["entry"] and job["state"] == "done" for job in jobs)
     assert "fill" in daemon.cli("jobs").stdout
+
+
+def test_every_command_takes_a_short_revision(daemon, tiny):
+    listed = next(model for model in json.loads(daemon.cli("ls", "--json").stdout)["models"] if model["path"] == str(tiny))
+    short = listed["revision"][:12]
+    assert short in daemon.cli("ls").stdout
+    for ref in (f"{TINY}@{short}", f"hf://{TINY}@{short}", f"hf--acme--tiny@{short}", listed["entry"], "hf--acme--tiny"):
+        assert daemon.cli("path", ref).stdout == f"{tiny}\n"
+        assert daemon.cli("warm", ref).stdout == f"{tiny}\n"
+        assert json.loads(daemon.cli("show", ref, "--json").stdout)["entry"] == listed["entry"]
+        for command, said in (("pin", "pinned"), ("unpin", "unpinned")):
+            assert daemon.cli(command, ref).stdout == f"{said} {listed['entry']}\n"
+        assert daemon.cli("verify", ref).returncode == 0
+    unknown = daemon.cli("warm", "hf--acme--none")
+    assert (unknown.returncode, unknown.stdout) == (3, "")
+    assert "org/name" in unknown.stderr
+    assert daemon.cli("rm", f"{TINY}@{short}").stdout.startswith(f"removed {listed['entry']}")
+
+
+def test_what_is_not_there_is_named_as_it_was_typed(daemon):
+    for command in ("rm", "pin", "verify"):
+        done = daemon.cli(command, "nope/x")
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "cannot find model nope/x: " in done.stderr
+
+
+def test_a_selection_of_nothing_says_how_to_see_the_files(daemon):
+    done = daemon.cli("warm", TINY, "--include", "*.none")
+    assert done.returncode == 2
+    assert "hint: change --include/--exclude; `nvcache warm REF --dry-run` lists the files" in done.stderr
+
+
+def test_an_unknown_job_says_how_to_list_them(daemon):
+    done = daemon.cli("jobs", "--cancel", "foo")
+    assert done.returncode == 3
+    assert "`nvcache jobs` lists them" in done.stderr
+
+
+def test_a_dry_run_of_several_tells_each(daemon, tiny):
+    done = daemon.cli("warm", "acme/none", TINY, "--dry-run", "--json")
+    failed, planned = (json.loads(line) for line in done.stdout.splitlines())
+    assert (failed["ref"], failed["error"]["code"]) == ("acme/none", "repository-not-found")
+    assert "or it is private and no token is set" in failed["error"]["detail"]
+    assert (planned["fits"], done.returncode) == (True, 3)
 
 
 def test_pinned_and_leased_models_are_not_removed(daemon, tiny):
@@ -158,7 +202,7 @@ def test_pinned_and_leased_models_are_not_removed(daemon, tiny):
     assert (refused.returncode, refused.stdout) == (10, "")
     assert daemon.cli("unpin", TINY).returncode == 0
     with client.Client(f"unix://{daemon.socket}").lease(TINY, holder="a-test"):
-        assert "1 leases" in daemon.cli("rm", "--dry-run", TINY).stdout
+        assert "1 lease)" in daemon.cli("rm", "--dry-run", TINY).stdout
         refused = daemon.cli("rm", TINY)
         assert refused.returncode == 10
         assert "a-test" in refused.stderr
@@ -294,8 +338,8 @@ def test_no_daemon_is_exit_9_with_a_hint(daemon, tmp_path):
         assert "hint: start one with `nvcache serve`" in done.stderr
 
 
-def test_a_second_daemon_on_the_store_or_the_socket_is_exit_2(daemon, tmp_path):
-    for arguments in (["--socket", "other.sock"], ["--store", str(tmp_path / "other")]):
+def test_a_daemon_that_cannot_start_is_exit_2(daemon, tmp_path):
+    for arguments in (["--socket", "other.sock"], ["--store", str(tmp_path / "other")], ["--store", "/proc/x", "--socket", "other.sock"]):
         done = daemon.cli("serve", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert "nvcache: cannot " in done.stderr
@@ -319,3 +363,8 @@ def test_doctor_finds_nothing_that_fails(daemon):
     assert [finding for finding in found["findings"] if finding["verdict"] == "fail"] == []
     assert done.returncode == 0
     assert str(daemon.store) in done.stdout
+    told = {finding["check"]: finding["detail"] for finding in found["findings"]}
+    assert told["hub"] == f"{daemon.environment['HF_ENDPOINT']} answers (this shell)"
+    assert "(this shell)" not in told["hub token"]
+    away = json.loads(daemon.cli("doctor", "--json", NVCACHE_SOCKET="/nowhere.sock").stdout)
+    assert "(this shell)" in {finding["check"]: finding["detail"] for finding in away["findings"]}["hub token"]

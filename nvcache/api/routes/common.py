@@ -24,10 +24,10 @@ def engine_of(request: Request) -> Engine:
     return engine
 
 
-async def admit(request: Request, need: Scope) -> Caller:
+async def admit(request: Request, need: Scope, doing: str = "") -> Caller:
     """The caller, if it may do what needs `need`; see `Gate.admit`."""
     gate: Gate = request.app.state.gate
-    return await gate.admit(request, need)
+    return await gate.admit(request, need, doing or f"{request.method} {request.url.path}")
 
 
 def accepted(job: JobStatus) -> Response:

@@ -19,14 +19,14 @@ LeaseId = Annotated[str, Path(max_length=128, description="the lease, as it was 
 @router.get("/leases", response_model=schemas.Leases)
 async def listing(request: Request) -> Response:
     """Every lease on the node."""
-    await admit(request, Scope.ADMIN)
+    await admit(request, Scope.ADMIN, "list the leases")
     return wire.reply({"leases": engine_of(request).leases()})
 
 
 @router.post("/models/{entry}/leases", status_code=201, response_model=schemas.Lease)
 async def take(request: Request, entry: Entry, wish: schemas.LeaseWish) -> Response:
     """Hold a ready model: its bytes are not removed until the lease is released or runs out."""
-    caller = await admit(request, Scope.POD)
+    caller = await admit(request, Scope.POD, f"lease {entry}")
     return wire.reply(await engine_of(request).lease(entry, caller.holder(wish.holder), wish.ttl_s), 201)
 
 
@@ -46,7 +46,9 @@ async def release(request: Request, entry: Entry, lease: LeaseId) -> Response:
 
 
 async def _own(request: Request, lease: str) -> None:
-    caller = await admit(request, Scope.POD)
+    caller = await admit(request, Scope.POD, f"change lease {lease}")
     held = next((found for found in engine_of(request).leases() if found.lease == lease), None)
     if held is not None and not caller.owns(held):
-        raise RequestError(Code.NOT_ALLOWED, f"cannot change lease {lease!r}: another user holds it")
+        raise RequestError(
+            Code.NOT_ALLOWED, f"cannot change lease {lease!r}: another user holds it", hint="only who took it, or the admin socket, may"
+        )

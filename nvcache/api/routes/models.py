@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -13,9 +13,13 @@ from nvcache.api.events import EventStream
 from nvcache.api.limits import DRY_RUN_SECONDS, Lifecycle, extend
 from nvcache.api.routes.common import Entry, accepted, admit, engine_of
 from nvcache.api.scope import Caller, Gate, Scope
+from nvcache.core.ref import Ref, parse_name, shortened
 from nvcache.core.states import ModelState
 from nvcache.engine.status import DryRun, EnsureRequest, ModelStatus
 from nvcache.errors import Code, RequestError
+
+if TYPE_CHECKING:
+    from nvcache.engine.engine import Engine
 
 router = APIRouter(prefix="/v1/models", tags=["models"], responses=schemas.PROBLEMS)
 JOB_LINK = {"Location": {"description": "the job's URL", "schema": {"type": "string"}}}
@@ -41,10 +45,10 @@ async def look(
 @router.post("", response_model=schemas.Model | schemas.DryRunView, responses=ACCEPTED)
 async def ensure(request: Request, wish: schemas.Wish) -> Response:
     """Make a model ready: 200 with it if it is, else 202 with the job; the same wish twice is one fetch. With `dry_run`, what that would do."""
-    caller = await admit(request, Scope.POD)
-    wanted = wish.to_request()
-    _check_allowed(request, caller, wanted)
+    caller = await admit(request, Scope.POD, f"make {wish.ref} ready")
     engine = engine_of(request)
+    wanted = (await _in_full(engine, wish)).to_request()
+    _check_allowed(request, caller, wanted)
     if wish.dry_run:
         extend(request, DRY_RUN_SECONDS)
         return wire.reply(_dry_run(await engine.dry_run(wanted)))
@@ -64,7 +68,7 @@ async def show(request: Request, entry: Entry) -> Response:
 @router.delete("/{entry}", response_model=schemas.Model)
 async def remove(request: Request, entry: Entry) -> Response:
     """Remove a model; 409 while it is leased, pinned or in use, and for a bare slug that has several revisions."""
-    await admit(request, Scope.ADMIN)
+    await admit(request, Scope.ADMIN, f"remove {entry}")
     return wire.reply(await engine_of(request).remove(entry))
 
 
@@ -83,21 +87,21 @@ async def events(request: Request, entry: Entry) -> Response:
 @router.put("/{entry}/pin", response_model=schemas.Model)
 async def pin(request: Request, entry: Entry) -> Response:
     """Never remove this model to make room."""
-    await admit(request, Scope.ADMIN)
+    await admit(request, Scope.ADMIN, f"pin {entry}")
     return wire.reply(await engine_of(request).pin(entry, pinned=True))
 
 
 @router.delete("/{entry}/pin", response_model=schemas.Model)
 async def unpin(request: Request, entry: Entry) -> Response:
     """Let the model be removed again."""
-    await admit(request, Scope.ADMIN)
+    await admit(request, Scope.ADMIN, f"unpin {entry}")
     return wire.reply(await engine_of(request).pin(entry, pinned=False))
 
 
 @router.post("/{entry}/verify", status_code=202, response_model=schemas.Accepted, responses=ACCEPTED)
 async def verify(request: Request, entry: Entry) -> Response:
     """Read every byte back now and repair only the chunks that are bad."""
-    await admit(request, Scope.ADMIN)
+    await admit(request, Scope.ADMIN, f"verify {entry}")
     return accepted(await engine_of(request).verify(entry))
 
 
@@ -110,7 +114,26 @@ def _check_allowed(request: Request, caller: Caller, wanted: EnsureRequest) -> N
         if given:
             raise RequestError(Code.NOT_ALLOWED, f"cannot make {wanted.ref} ready with {field}: only the admin scope may")
     if not gate.may_warm(caller, wanted.ref):
-        raise RequestError(Code.NOT_ALLOWED, f"cannot make {wanted.ref} ready: no pattern of the setting allow matches it")
+        raise RequestError(
+            Code.NOT_ALLOWED,
+            f"cannot make {wanted.ref} ready: no pattern of the setting allow matches it",
+            hint="ask the operator for an `allow` pattern, or use the admin socket",
+        )
+
+
+async def _in_full(engine: Engine, wish: schemas.Wish) -> schemas.Wish:
+    """The wish with a slug, an entry or a short revision of a model that is here written out; what a source may know stays as it is."""
+    name = parse_name(wish.ref)
+    if isinstance(name, Ref) and shortened(name) is None:
+        return wish
+    try:
+        return wish.model_copy(update={"ref": (await engine.model(wish.ref)).ref})
+    except RequestError as error:
+        if error.code is not Code.UNKNOWN_MODEL:
+            raise
+        if isinstance(name, Ref):
+            return wish  # a tag or a path that looks like one
+        raise RequestError(error.code, str(error), hint="write it as org/name: a slug names only what is here") from error
 
 
 def _dry_run(plan: DryRun) -> dict[str, object]:

@@ -32,7 +32,7 @@ async def job_status(request: Request, job: JobId) -> Response:
 @router.delete("/v1/jobs/{job}", tags=["jobs"], response_model=schemas.Job)
 async def cancel(request: Request, job: JobId) -> Response:
     """Cancel a job; what it has on the disk is kept, and asking again resumes there."""
-    await admit(request, Scope.ADMIN)
+    await admit(request, Scope.ADMIN, f"cancel job {job}")
     return wire.reply(await engine_of(request).cancel(job))
 
 
@@ -48,6 +48,13 @@ async def stripe(request: Request) -> Response:
     """What the store lies on."""
     await admit(request, Scope.READ)
     return wire.reply(engine_of(request).stripe())
+
+
+@router.get("/v1/sources", tags=["node"], response_model=schemas.Sources)
+async def sources(request: Request) -> Response:
+    """Where models come from as the daemon is set up: endpoint, whether it has a token, proxies. No secret is shown."""
+    await admit(request, Scope.READ)
+    return wire.reply({"sources": await engine_of(request).sources()})
 
 
 @router.get("/healthz", tags=["health"], response_model=schemas.Health)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from nvcache.cli import output
 from tests.support.stub_daemon import problem
 from tests.unit.cli.conftest import ENTRY, REVISION, job, model
 
@@ -122,10 +124,76 @@ def test_rm_of_a_held_model_is_exit_10(stub, run):
     assert "pod-1 holds it" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("command", "call", "said"), [("rm", "DELETE {}", "removed"), ("pin", "PUT {}/pin", "pinned"), ("unpin", "DELETE {}/pin", "unpinned")]
+)
+def test_several_go_on_after_an_error_and_end_with_the_worst(stub, run, command, call, said):
+    stub.answer(call.format(f"/v1/models/{SLUG}"), model())
+    stub.answer(call.format("/v1/models/hf--org--held"), (409, problem("leased", "cannot remove hf--org--held@0123: pod-1 holds it")))
+    stub.answer(call.format("/v1/models/hf--nope--x"), (404, problem("unknown-model", "cannot find model hf--nope--x: this node does not have it")))
+    refs = ("nope/x", "org/na me", "org/held", "org/name")
+    ran = run(command, *refs)
+    assert (ran.code, ran.out.split()[:2]) == (2, [said, ENTRY])
+    assert "nvcache: cannot find model nope/x: this node does not have it" in ran.err
+    assert "nvcache: cannot remove org/held@0123: pod-1 holds it" in ran.err
+    ran = run(command, *refs, "--json")
+    lines = [json.loads(line) for line in ran.out.splitlines()]
+    assert [line["ref"] for line in lines[:3]] == list(refs[:3])
+    assert [line["error"]["code"] for line in lines[:3]] == ["unknown-model", "bad-reference", "leased"]
+    assert (ran.code, lines[3]) == (2, model())
+    assert run(command, "nope/x", "org/held").code == 3
+
+
+def test_a_short_revision_is_looked_up(stub, run):
+    stub.answer("GET /v1/models?ref=org%2Fname%400123456789ab", model())
+    stub.answer("GET /v1/models?ref=hf--org--name%400123456", model())
+    stub.answer(f"DELETE /v1/models/{ENTRY}", model())
+    for ref in ("org/name@0123456789ab", "hf--org--name@0123456"):
+        assert run("rm", ref).out == f"removed {ENTRY} 90.9 MB\n"
+
+
+def test_path_as_json(stub, run):
+    stub.answer("GET /v1/models?ref=org%2Fname", model(), model(state="fetching", path=None))
+    assert json.loads(run("path", "org/name", "--json").out) == model()
+    ran = run("path", "org/name", "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["ref"], found["error"]["code"]) == (3, "org/name", "not-ready")
+    assert "it is fetching" in ran.err
+
+
+def test_ls_in_a_narrow_terminal_leaves_out_what_is_empty(stub, run, monkeypatch):
+    monkeypatch.setattr(output, "PIPE_WIDTH", 80)
+    long = model(ref=f"hf://sentence-transformers/all-MiniLM-L6-v2-{'x' * 30}@{REVISION}")
+    stub.answer("GET /v1/models", {"models": [long]}, {"models": [long, model(leases=1)]})
+    ran = run("ls")
+    assert ran.out.splitlines()[0].split() == ["MODEL", "REVISION", "STATE", "SIZE", "FILES", "VERIFIED"]
+    assert REVISION[:12] in ran.out
+    assert "hf://" not in ran.out
+    assert "LEASES" in run("ls").out
+    monkeypatch.setattr(output, "PIPE_WIDTH", 120)
+    assert "PIN" in run("ls").out
+    assert "hf://" in run("ls").out
+
+
+def test_show_cuts_digests_where_they_do_not_fit(stub, run, monkeypatch):
+    stub.answer("GET /v1/models?ref=org%2Fname", model())
+    stub.answer(f"GET /v1/models/{ENTRY}", {**model(files=1, last_used="2025-01-02T03:04:05.678901+00:00"), "manifest": manifest()})
+    monkeypatch.setattr(output, "PIPE_WIDTH", 100)
+    narrow = run("show", "org/name").out
+    assert "a" * 12 in narrow
+    assert "a" * 13 not in narrow
+    assert "in 1 file\n" in narrow
+    assert "2025-01-02T03:04:05Z (" in narrow
+    monkeypatch.setattr(output, "PIPE_WIDTH", 115)
+    wide = run("show", "org/name").out
+    assert any("a" * 64 in line and line.endswith("lfs-sha256") for line in wide.splitlines())
+
+
 def test_rm_dry_run_removes_nothing(stub, run):
     stub.answer(f"GET /v1/models/{SLUG}", model(), model(pinned=True, leases=3))
     assert run("rm", "--dry-run", "org/name").out == f"would remove: {ENTRY} 90.9 MB\n"
     assert run("rm", "--dry-run", "org/name").out == f"would be refused (pinned, 3 leases): {ENTRY} 90.9 MB\n"
+    assert json.loads(run("rm", "--dry-run", "org/name", "--json").out)["held"] == ["pinned", "3 leases"]
     assert all(call.startswith("GET") for call in calls(stub))
 
 
@@ -137,14 +205,19 @@ def test_unpin(stub, run):
 def test_df_draws_the_room_and_the_biggest_models(stub, run):
     space = {"limit": 1000, "used": 400, "reserved": 100, "free": 5000, "total": 9000, "quarantined": 0}
     stub.answer("GET /v1/space", space)
-    stub.answer("GET /v1/models", {"models": [model(bytes=10), model(bytes=390, entry=f"big@{REVISION}")]})
+    filling = model(bytes=999, state="fetching", path=None)
+    stub.answer("GET /v1/models", {"models": [model(bytes=10), filling, model(bytes=360, entry=f"big@{REVISION}", state="degraded")]})
     ran = run("df")
+    assert re.search(r"unfinished +30 B of fills", ran.out)
+    assert "999" not in ran.out
     assert "█" * 20 + "▒" * 5 + "·" * 25 + " 40%" in ran.out
     assert ran.out.index("big@") < ran.out.index(ENTRY)
     assert json.loads(run("df", "--json").out) == {
         **space,
-        "models": [{"entry": f"big@{REVISION}", "bytes": 390}, {"entry": ENTRY, "bytes": 10}],
+        "models": [{"entry": f"big@{REVISION}", "state": "degraded", "bytes": 360}, {"entry": ENTRY, "state": "ready", "bytes": 10}],
     }
+    stub.answer("GET /v1/models", {"models": [model(bytes=400)]})
+    assert "unfinished" not in run("df").out
 
 
 def test_df_of_an_overfull_store_still_draws(stub, run):

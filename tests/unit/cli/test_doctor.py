@@ -14,7 +14,7 @@ import pytest
 from nvcache import __version__
 from nvcache.cli import checks
 from nvcache.cli.checks import Verdict
-from nvcache.settings import load
+from nvcache.settings import proxy_hosts
 
 
 @pytest.fixture
@@ -57,10 +57,6 @@ def hub_answer():
 
 def by_check(findings):
     return {finding.check: finding for finding in findings}
-
-
-def settings_for(endpoint, tmp_path):
-    return load(environ={"HF_ENDPOINT": endpoint, "HOME": str(tmp_path)})
 
 
 def test_a_good_store(open_dir):
@@ -113,36 +109,35 @@ def test_sockets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [200, 401, 404])
-def test_any_answer_means_that_the_hub_is_there(hub_answer, tmp_path, status):
-    found = by_check(checks.hub(settings_for(hub_answer(status), tmp_path), None, {}))
+def test_any_answer_means_that_the_hub_is_there(hub_answer, status):
+    found = by_check(checks.hub(hub_answer(status), None, {}))
     assert found["hub"].verdict is Verdict.OK
     assert found["clock"].verdict is Verdict.OK
-    assert found["hub token"].detail.startswith("none")
 
 
-def test_a_clock_that_is_off_is_told(hub_answer, tmp_path):
-    found = by_check(checks.hub(settings_for(hub_answer(200, "Wed, 01 Jan 2020 00:00:00 GMT"), tmp_path), None, {}))["clock"]
+def test_a_clock_that_is_off_is_told(hub_answer):
+    found = by_check(checks.hub(hub_answer(200, "Wed, 01 Jan 2020 00:00:00 GMT"), None, {}))["clock"]
     assert found.verdict is Verdict.WARN
     assert "ahead of" in found.detail
 
 
-def test_a_hub_that_is_not_there_or_silent_is_a_warning_in_bounded_time(tmp_path, monkeypatch):
+def test_a_hub_that_is_not_there_or_silent_is_a_warning_in_bounded_time(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
-        found = by_check(checks.hub(settings_for(endpoint, tmp_path), "hf_secret", {}))
-        assert found["hub"].verdict is Verdict.WARN
-        assert "secret" not in str(found)
+        assert by_check(checks.hub(endpoint, None, {}))["hub"].verdict is Verdict.WARN
         monkeypatch.setattr(checks, "HUB_WAIT", 0.1)
         free.listen()
-        found = by_check(checks.hub(settings_for(endpoint, tmp_path), None, {}))
-        assert found["hub"].verdict is Verdict.WARN
+        assert by_check(checks.hub(endpoint, None, {}))["hub"].verdict is Verdict.WARN
 
 
 def test_proxies_are_named_without_their_passwords():
-    found = checks.proxy({"https": "http://user:secret@proxy.example:3128", "http": "plain.example:80", "no": "localhost"})
-    assert found.detail == "https via proxy.example, http via plain.example with exceptions (NO_PROXY)"
-    assert checks.proxy({}).detail == "none"
+    hosts = proxy_hosts(
+        {"https": "http://user:se@cret@proxy.example:3128/x?y", "http": "plain.example:80", "all": "socks5://[::1", "no": "localhost"}
+    )
+    assert hosts == {"https": "proxy.example:3128", "http": "plain.example:80", "all": "[::1"}
+    assert checks.proxy(hosts, True).detail.endswith("http via plain.example:80, all via [::1 with exceptions (NO_PROXY)")
+    assert checks.proxy({}, False).detail == "none"
 
 
 @pytest.fixture
@@ -163,9 +158,24 @@ def test_doctor_is_content_with_a_daemon_of_its_own_version(stub, run, quiet_mac
     found = json.loads(ran.out)
     assert (ran.code, found["ok"]) == (0, True)
     assert {"daemon", "store", "file system", "hub", "clock", "open files", "socket"} <= {finding["check"] for finding in found["findings"]}
+    found = {finding["check"]: finding["detail"] for finding in found["findings"]}
+    assert found["proxies"] == "none (this shell)"  # a daemon that has no /v1/sources
+    assert found["hub"].endswith("answers (this shell)")
     text = run("doctor").out
     assert text.count("FAIL") == 0
     assert "WHAT TO DO" in text
+
+
+def test_where_models_come_from_is_told_as_the_daemon_has_it(stub, run, quiet_machine, tmp_path, monkeypatch, hub_answer):
+    endpoint = hub_answer()
+    hub = {"scheme": "hf", "endpoint": endpoint, "token": True, "proxies": {"https": "proxy.example:3128"}, "no_proxy": True, "xet": False}
+    stub.answer("GET /v1/sources", {"sources": [hub, {"scheme": "file"}]})
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    found = {finding["check"]: finding for finding in json.loads(run("doctor", "--json").out)["findings"]}
+    assert found["hub token"]["detail"] == "set"
+    assert found["proxies"]["detail"] == "https via proxy.example:3128 with exceptions (NO_PROXY)"
+    assert found["hf_xet"]["verdict"] == "warn"
+    assert found["hub"]["detail"] == f"{endpoint} answers (this shell)"
 
 
 def test_doctor_tells_another_version_and_an_unready_daemon(stub, run, quiet_machine):

@@ -28,7 +28,7 @@ def test_sizes_are_decimal_and_never_show_a_thousand_of_a_unit(count, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (10, "10 s"), (59.6, "1:00 min"), (185, "3:05 min"), (3600, "1:00:00 h"), (7385, "2:03:05 h")],
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.97, "10 s"), (10, "10 s"), (59.6, "1:00 min"), (185, "3:05 min"), (3600, "1:00:00 h"), (7385, "2:03:05 h")],
 )
 def test_durations(seconds, text):
     assert output.duration(seconds) == text
@@ -49,6 +49,17 @@ def test_ages(moment, text):
     assert output.ago(moment, datetime(2025, 1, 2, tzinfo=UTC)) == text
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s left"), (9.4, "9 s left"), (10.2, "10 s left"), (185, "3:05 min left")])
+def test_what_remains(seconds, text):
+    assert output.left(seconds) == text
+
+
+def test_counts_and_moments():
+    assert [output.count(number, "file") for number in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert output.moment(None) == "-"
+    assert output.moment("2025-01-02T03:04:05.999+02:00").startswith("2025-01-02T01:04:05Z (")
+
+
 def test_a_table_in_a_pipe_is_never_cut_and_knows_no_markup(capsys):
     name = "hf://org/" + "x" * 300 + "[red]"
     output.table(["MODEL", "SIZE"], [(name, "1.0 GB")], right=["SIZE"])
@@ -63,6 +74,20 @@ def test_json_keeps_letters_and_one_line_mode(capsys):
     assert capsys.readouterr().out == '{"ref": "ä"}\n'
     output.as_json({"a": [1]})
     assert json.loads(capsys.readouterr().out) == {"a": [1]}
+
+
+def test_what_would_fool_a_terminal_is_escaped(capsys):
+    name = "a\x1b[2J\x9b31m\u202eb\u2028c\nd\udcff é 模"
+    output.table(["FILE"], [(name,)])
+    assert capsys.readouterr().out.splitlines()[1] == r"a\u001b[2J\u009b31m\u202eb\u2028c\u000ad\udcff é 模"
+    output.fields([("warning", name)])
+    assert capsys.readouterr().out == r"warning  a\u001b[2J\u009b31m\u202eb\u2028c\u000ad\udcff é 模" + "\n"
+    output.as_json({"path": name})
+    out = capsys.readouterr().out
+    assert json.loads(out) == {"path": name}
+    assert not set(out) & set("\x1b\x9b\u202e\u2028\udcff")
+    output.complain(name.replace("\n", ""), None)
+    assert capsys.readouterr().err.startswith(r"nvcache: a\u001b[2J\u009b31m\u202eb")
 
 
 def test_progress_phrases():

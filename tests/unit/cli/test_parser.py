@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from nvcache import __version__
@@ -15,6 +18,7 @@ from nvcache.cli.completion import SHELLS
 from nvcache.cli.serve import serve
 from nvcache.settings import Settings
 from scripts.gen_cli_docs import render
+from tests.unit.cli.conftest import REVISION, job, model
 
 COMMANDS = ["completion", "df", "doctor", "jobs", "ls", "path", "pin", "rm", "serve", "show", "unpin", "verify", "warm"]
 HEAVY = ("fastapi", "pydantic", "huggingface_hub", "uvicorn", "rich", "asyncio", "nvcache.settings", "nvcache.engine")
@@ -50,6 +54,70 @@ def test_usage_errors_are_exit_2_with_a_hint(run, arguments):
     assert ran.code == 2
     assert ran.err.startswith("nvcache: cannot run nvcache")
     assert "--help` shows how" in ran.err.splitlines()[-1]
+
+
+def test_without_a_command_it_prints_the_help_alone(run):
+    ran = run()
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("Usage: nvcache ")
+    assert "cannot run" not in ran.err
+    assert any(line.strip().startswith("REF: org/name") and "nvcache ls" in line for line in ran.err.splitlines())
+
+
+@pytest.mark.parametrize("seconds", ["soon", "-1", "nan", ""])
+def test_a_time_that_is_none_is_told_in_words(run, seconds):
+    ran = run("warm", "a/b", "--timeout", seconds)
+    assert ran.code == 2
+    assert f"{seconds!r} is not a number of seconds greater than 0" in ran.err
+    assert "0 or more" in run("warm", "a/b", "--wait-daemon", seconds).err
+
+
+def test_serve_says_its_defaults():
+    shown = " ".join(CliRunner().invoke(cli, ["serve", "--help"]).output.split())
+    for text in (
+        "[default: ~/.cache/nvcache/store]",
+        "each worker (each holds one chunk of 16 MiB) [default: 4]",
+        "may be repeated [default: hf://*]",
+    ):
+        assert text in shown
+
+
+def complete(words, incomplete=""):
+    found = ShellComplete(cli, {}, "nvcache", "_NVCACHE_COMPLETE").get_completions(words, incomplete)
+    return [item.value for item in found]
+
+
+def test_models_and_jobs_are_offered(stub):
+    again = model(ref="hf://org/two@" + "f" * 40, revision="f" * 40)
+    first, second = model(), model(ref=f"hf://org/two@{REVISION}")
+    stub.answer("GET /v1/models", {"models": [first, second, again]})
+    names = ["org/name", f"org/two@{REVISION[:12]}", "org/two@ffffffffffff"]
+    for command in ("show", "path", "rm", "pin", "unpin", "verify", "warm"):
+        assert complete([command]) == names
+    assert complete(["show"], "org/t") == names[1:]
+    assert complete(["show"], "hf://org/n") == ["hf://org/name"]
+    assert complete(["rm", "org/name"], "org/n") == ["org/name"]
+    stub.answer("GET /v1/jobs", {"jobs": [job(id="j1"), job("done", id="j2", ended_at="2025-01-02T03:05:00Z")]})
+    assert complete(["jobs", "--cancel"]) == ["j1"]
+
+
+def test_nothing_is_offered_when_no_daemon_answers_at_once(stub, monkeypatch, capfd):
+    stub.answer("GET /v1/models", {"models": [model()]})
+    assert complete(["--socket", "/nowhere.sock", "show"]) == []
+    assert complete(["show", "--socket", "/nowhere.sock"]) == []
+    assert complete(["show", "--socket", str(stub.socket)]) == ["org/name"]
+    monkeypatch.setenv("NVCACHE_URL", "ftp://x")
+    assert complete(["show"]) == []
+    monkeypatch.delenv("NVCACHE_URL")
+    stub.answer("GET /v1/models", {"models": [{}]})
+    assert complete(["show"]) == []
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(f"{stub.socket}-silent")
+        silent.listen()
+        began = time.monotonic()
+        assert complete(["--socket", f"{stub.socket}-silent", "show"]) == []
+        assert time.monotonic() - began < 1
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_bad_reference_is_exit_2_and_says_where(stub, run):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import time
 
 import pytest
 
@@ -113,6 +115,20 @@ def test_timeout_is_exit_8_and_says_that_the_fill_goes_on(stub, run):
     assert "the fill goes on" in ran.err
 
 
+@pytest.mark.parametrize("command", [["warm"], ["warm", "--dry-run"], ["verify"]])
+def test_timeout_bounds_a_request_that_is_not_answered(stub, run, monkeypatch, command):
+    """A stopped process: the kernel takes the connection, nobody reads it."""
+    silent = stub.socket.with_name("silent.sock")
+    monkeypatch.setenv("NVCACHE_SOCKET", str(silent))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(silent))
+        listening.listen()
+        began = time.monotonic()
+        ran = run(*command, f"org/name@{REVISION}", f"org/other@{REVISION}", "--timeout", "0.3")
+    assert ran.code == 8
+    assert 0.3 <= time.monotonic() - began < 3
+
+
 def test_a_daemon_that_is_not_there_is_exit_9_at_once(stub, run, monkeypatch):
     monkeypatch.setenv("NVCACHE_SOCKET", f"{stub.socket}-not")
     for command in (["warm", "org/name"], ["ls"], ["verify", "org/name"]):
@@ -156,6 +172,11 @@ def test_dry_run_shows_files_bytes_time_and_refusal(stub, run):
     assert "no rate measured yet" in ran.out
     assert json.loads(run("warm", "org/name", "--dry-run", "--json").out) == plan
     assert all(asked.body["dry_run"] for asked in stub.asked)
+    assert ran.out.splitlines()[0].split() == ["FILE", "SIZE", "STATE"]
+    stub.answer("POST /v1/models", (404, problem("repository-not-found", "cannot resolve it: no such repository")), plan)
+    ran = run("warm", "org/none", "org/name", "--dry-run", "--json")
+    failed, planned = (json.loads(line) for line in ran.out.splitlines())
+    assert (ran.code, failed["ref"], failed["error"]["code"], planned) == (3, "org/none", "repository-not-found", plan)
 
 
 def test_it_asks_quickly_while_something_moves_and_slowly_while_nothing_does(stub):

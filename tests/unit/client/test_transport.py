@@ -69,6 +69,29 @@ def test_nobody_there(tmp_path: Path) -> None:
     assert client.Client(f"unix://{tmp_path}/x.sock").resolve("a/b", default="a/b") == "a/b"
 
 
+def test_ensure_of_a_daemon_that_never_answers_ends_soon_and_names_the_socket(tmp_path: Path) -> None:
+    for limits in ({"wait_daemon": 0.3}, {"wait_daemon": 0.3, "timeout": 60.0}, {"timeout": 0.3}, {"wait_daemon": 0.0}):
+        began = time.monotonic()
+        with pytest.raises(Problem) as caught:
+            of(tmp_path / "x.sock").ensure("a/b", **limits)
+        assert caught.value.code == "daemon-unreachable"
+        assert str(tmp_path / "x.sock") in str(caught.value)
+        assert "goes on" not in str(caught.value)
+        assert time.monotonic() - began < 2
+
+
+def test_ensure_of_what_takes_connections_and_never_answers_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.Client.request, "__kwdefaults__", {"timeout": 0.2})
+    with speaking(tmp_path / "x.sock", b""), pytest.raises(Problem, match="does not answer") as caught:
+        of(tmp_path / "x.sock").ensure("a/b", wait_daemon=0.0)
+    assert caught.value.code == "daemon-unreachable"
+
+
+def test_a_socket_that_one_may_not_use_has_its_own_hint(tmp_path: Path) -> None:
+    problem = of(tmp_path / "x.sock")._transport._unreachable(PermissionError(13, "Permission denied"))
+    assert problem.hint == "you may not connect: join the socket's group, or run as its owner"
+
+
 def test_a_dead_socket(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "x.sock"))

@@ -10,7 +10,20 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from nvcache.core.ref import SLUG_LIMIT, EntryId, Ref, Scheme, SlugName, is_commit, parse_alias, parse_entry, parse_name, parse_pinned, parse_ref
+from nvcache.core.ref import (
+    SLUG_LIMIT,
+    EntryId,
+    Ref,
+    Scheme,
+    SlugName,
+    is_commit,
+    parse_alias,
+    parse_entry,
+    parse_name,
+    parse_pinned,
+    parse_ref,
+    shortened,
+)
 from nvcache.errors import Code, RequestError
 
 commits = st.text("0123456789abcdef", min_size=40, max_size=40)
@@ -158,6 +171,36 @@ def test_only_full_revisions_are_pinned() -> None:
         parse_pinned("o/n@main")
     with pytest.raises(TypeError):
         parse_pinned(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("o/n@cef110c", ("hf--o--n", "cef110c")),
+        ("hf://o/n@" + "a" * 39, ("hf--o--n", "a" * 39)),
+        ("hf--o--n@cef110c9f631", ("hf--o--n", "cef110c9f631")),
+        ("file--srv--x@cef110c9f631", ("file--srv--x", "cef110c9f631")),
+        ("file:///srv/x@cef110c9f631", ("file--srv--x", "cef110c9f631")),
+        ("o/n@cef110", None),
+        ("o/n@CEF110C", None),
+        ("o/n@" + "a" * 40, None),
+        ("o/n@main", None),
+        ("o/n", None),
+        ("hf--o--n", None),
+        ("file:///@cef110c", None),
+        ("file:///srv/@cef110c", None),
+        ("file:///srv/x@" + "a" * 64, None),
+    ],
+)
+def test_a_revision_may_be_cut_to_its_first_digits(text: str, read: tuple[str, str] | None) -> None:
+    assert shortened(parse_name(text)) == read
+
+
+def test_an_entry_s_revision_is_read_short_or_refused() -> None:
+    assert parse_name("hf--o--n@cef110c") == SlugName("hf--o--n", "cef110c")
+    for text in ("hf--o--n@main", "hf--o--n@cef110"):
+        with pytest.raises(RequestError, match="position 8 is no revision, nor the first 7 digits or more of one"):
+            parse_name(text)
 
 
 @given(st.text("hf-abc@0", min_size=1, max_size=20))

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from nvcache.errors import Code, IntegrityError
+from nvcache.store import files
 from nvcache.store.blobs import Blobs
 from nvcache.store.layout import Layout
 from tests.unit.store.helpers import add_blob, new_store, noise, sha256
@@ -88,6 +89,7 @@ def test_too_many_links_become_a_copy(
     copy = tmp_path / "view" / "a.bin"
     assert copy.read_bytes() == DATA
     assert not copy.samefile(layout.blob(DIGEST))
+    assert blobs.shown(DIGEST, copy.lstat())
     assert stat.S_IMODE(copy.stat().st_mode) == 0o444
     assert os.listdir(layout.tmp) == []
 
@@ -179,6 +181,28 @@ def test_quarantine_keeps_the_bytes_and_says_why(layout: Layout, blobs: Blobs) -
     add_blob(layout, DATA)
     blobs.quarantine(DIGEST, "again")
     assert (layout.quarantine / f"{DIGEST}.note").read_text() == "again\n"
+
+
+def test_a_full_disk_keeps_no_bad_blob_in_place(layout: Layout, blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "write_all", full)
+    assert blobs.quarantine(DIGEST, "bad").read_bytes() == DATA
+    assert not layout.blob(DIGEST).exists()
+    assert os.listdir(layout.quarantine) == [DIGEST]
+
+
+def test_what_nobody_waits_for_leaves_the_quarantine_with_its_note(layout: Layout, blobs: Blobs) -> None:
+    other = add_blob(layout, DATA + b"!")
+    for digest in (DIGEST, other):
+        blobs.quarantine(digest, "bad")
+    (layout.quarantine / f"{'a' * 64}.note").write_text("its blob is gone")
+    (layout.quarantine / "state").mkdir()
+    blobs.drop_quarantined({other})
+    assert sorted(os.listdir(layout.quarantine)) == sorted([other, f"{other}.note", "state"])
+    blobs.drop_quarantined(())
+    assert os.listdir(layout.quarantine) == ["state"]
 
 
 def test_the_size_of_thousands_of_blobs_is_known_at_once(layout: Layout, blobs: Blobs) -> None:

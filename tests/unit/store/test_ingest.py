@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 import stat
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from nvcache.errors import Code, DiskError, SpaceError
+from nvcache.errors import Code, DiskError, IntegrityError, SpaceError
+from nvcache.store import claim
 from nvcache.store import ingest as module
 from nvcache.store.files import BLOCK, aligned_buffer, round_up
 from nvcache.store.ingest import Ingest, discard, ingest_key, kept_bytes, seed
@@ -364,3 +367,110 @@ def test_a_small_file_costs_few_calls(layout: Layout) -> None:
     finally:
         listening = False
     assert len(seen) <= 12, seen
+
+
+# -- one writer at a time
+
+
+def test_a_second_writer_is_refused_after_a_while_and_the_first_is_not_disturbed(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "PATIENCE", 0.1)
+    first = reopen(layout)
+    fill(first, DATA, range(5))
+    for another in (lambda: reopen(layout), lambda: seed(layout, KEY, Path("/none"), SIZE, {}, chunk_size=CHUNK)):
+        with pytest.raises(DiskError, match=r"cannot open the ingest .*: another task still writes it") as caught:
+            another()
+        assert (caught.value.code, caught.value.retryable) == (Code.DISK_STALLED, True)
+    fill(first, DATA, range(5, 11))
+    first.commit(sha256(DATA))
+    assert layout.blob(sha256(DATA)).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("end", ["close", "commit", "discard"])
+def test_the_one_who_waits_goes_on_where_the_other_ended(layout: Layout, end: str) -> None:
+    first = reopen(layout)
+    fill(first, DATA)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(reopen, layout)
+        assert not waiting.done()
+        match end:
+            case "close":
+                first.close()
+            case "commit":
+                first.commit(sha256(DATA))
+            case _:
+                first.close()
+                discard(layout, KEY)  # or the waiting one came first
+        second = waiting.result(timeout=10)
+    assert end == "discard" or len(second.recorded()) == (11 if end == "close" else 0)
+    assert discard(layout, KEY) is False  # its claim is on the folder that is there now
+    fill(second, DATA)
+    second.commit(sha256(DATA))
+    assert layout.blob(sha256(DATA)).read_bytes() == DATA
+    assert not layout.ingest_dir(KEY).exists()
+
+
+def test_a_killed_writer_holds_nothing_back(layout: Layout) -> None:
+    script = (
+        "import sys, threading; from pathlib import Path\n"
+        "from nvcache.store.ingest import Ingest; from nvcache.store.layout import Layout\n"
+        "ingest = Ingest.open(Layout(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3]), chunk_size=int(sys.argv[4]))\n"
+        "print('open', flush=True); threading.Event().wait(60)"
+    )
+    arguments = [sys.executable, "-c", script, str(layout.root), KEY, str(SIZE), str(CHUNK)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout
+        assert writer.stdout.readline() == "open\n"
+        assert discard(layout, KEY) is False
+        writer.send_signal(signal.SIGKILL)
+        writer.wait(10)
+    ingest = reopen(layout)
+    ingest.close()
+
+
+def test_what_is_open_is_not_discarded(layout: Layout) -> None:
+    ingest = reopen(layout)
+    fill(ingest, DATA, [0])
+    assert discard(layout, KEY) is False
+    ingest.close()
+    assert kept_bytes(layout, KEY) == CHUNK
+    assert discard(layout, KEY) is True
+    assert not layout.ingest_dir(KEY).exists()
+    assert discard(layout, KEY) is True
+
+
+@pytest.mark.parametrize("hurt", ["replaced", "removed", "folder replaced"])
+def test_only_the_file_that_was_written_is_committed(layout: Layout, tmp_path: Path, hurt: str) -> None:
+    ingest = reopen(layout)
+    fill(ingest, DATA)
+    folder, other = layout.ingest_dir(KEY), noise(SIZE, seed=9)
+    match hurt:
+        case "replaced":
+            (folder / "data").unlink()
+            (folder / "data").write_bytes(other)
+        case "removed":
+            (folder / "data").unlink()
+        case _:
+            folder.rename(tmp_path / "aside")
+            folder.mkdir()
+            (folder / "data").write_bytes(other)
+    if hurt == "folder replaced":  # the claimed folder still has the proven file
+        ingest.commit(sha256(DATA))
+        assert layout.blob(sha256(DATA)).read_bytes() == DATA
+        return
+    with pytest.raises(IntegrityError, match="was replaced or removed") as caught:
+        ingest.commit(sha256(DATA))
+    assert (caught.value.code, caught.value.retryable) == (Code.DEGRADED, True)
+    ingest.close()
+    assert not layout.blob(sha256(DATA)).exists()
+
+
+def test_a_seed_takes_nothing_of_an_earlier_fill(layout: Layout, tmp_path: Path) -> None:
+    ingest = reopen(layout)
+    fill(ingest, noise(SIZE, seed=9), [7])
+    ingest.close()
+    source = tmp_path / "quarantined"
+    source.write_bytes(DATA)
+    seed(layout, KEY, source, SIZE, {0: xxhash.xxh3_64_intdigest(DATA[:CHUNK])}, chunk_size=CHUNK)
+    ingest = reopen(layout)
+    assert ingest.recorded().keys() == {0}
+    ingest.close()

@@ -14,7 +14,7 @@ import pytest
 
 from nvcache.core.ref import EntryId, parse_ref
 from nvcache.errors import Code, ConfigError, IntegrityError, RequestError
-from nvcache.store.catalog import Catalog
+from nvcache.store.catalog import Catalog, EntryState
 from nvcache.store.ingest import Ingest, ingest_key
 from nvcache.store.layout import Layout
 from nvcache.store.root import Root
@@ -102,6 +102,14 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path, path: str) -> None:
     assert tree(tmp_path) == {"file": b"mine"}
 
 
+@pytest.mark.parametrize("path", ["/proc/nvcache-test", "/proc/nvcache-test/deeper"])
+def test_a_place_where_no_directory_can_be_made_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="the directory cannot be made there") as caught:
+        Root.open(Path(path))
+    assert caught.value.code in (Code.STORE_UNFIT, Code.STORE_READONLY)
+    assert "--store" in caught.value.hint
+
+
 @pytest.mark.parametrize(("call", "says"), [("link", "cannot make a hard link in"), ("fsync", "cannot sync a file in")])
 def test_a_file_system_that_lacks_something_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, says: str) -> None:
     new_store(tmp_path / "store")
@@ -121,6 +129,34 @@ def test_direct_io_is_probed_and_the_probe_leaves_nothing(tmp_path: Path) -> Non
     root = Root.open(tmp_path / "store")
     assert isinstance(root.direct_io, bool)
     assert os.listdir(root.layout.tmp) == []
+    root.close()
+
+
+def test_everybody_may_read_who_has_the_store_and_what_was_used_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        layout = new_store(tmp_path / "store")
+        Catalog(layout).touch(plan_of({}).id, 1e9)
+        Catalog(layout).touch(plan_of({}).id, 2e9)
+    finally:
+        os.umask(old)
+    used = layout.use_file(plan_of({}).id)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (layout.lock, layout.format_file, used)] == [0o644] * 3
+    assert used.stat().st_mtime == 2e9
+
+
+def test_the_sweep_forgets_entries_that_have_neither_manifest_nor_plan(tmp_path: Path) -> None:
+    root = Root.open(tmp_path / "store")
+    layout, catalog = root.layout, Catalog(root.layout)
+    ready, filling, gone = (plan_of({}, commit=letter * 40).id for letter in "abc")
+    layout.manifest(ready).write_text("cannot be read just now")
+    catalog.write_plan(plan_of({}, commit="b" * 40))
+    for entry in (ready, filling, gone):
+        catalog.write_state(entry, EntryState(pin=True))
+        catalog.touch(entry, 1e9)
+    root.sweep()
+    assert sorted(os.listdir(layout.state)) == [f"{ready}.json", f"{filling}.json"]
+    assert sorted(os.listdir(layout.use)) == [str(ready), str(filling)]
     root.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -179,7 +180,9 @@ def test_two_entries_share_their_blobs_and_one_goes(layout: Layout, views: Views
     assert list(Blobs(layout).unreferenced(set(), grace=0)) == []
 
 
-@pytest.mark.parametrize("hurt", ["file gone", "file short", "file a symlink", "folder gone", "folder a symlink", "listing", "snapshot"])
+@pytest.mark.parametrize(
+    "hurt", ["file gone", "file short", "file another", "file a symlink", "blob replaced", "folder gone", "folder a symlink", "listing", "snapshot"]
+)
 def test_what_is_missing_is_seen_and_mended(layout: Layout, views: Views, tmp_path: Path, hurt: str) -> None:
     manifest = make_ready(layout, FILES)
     view = layout.view(manifest.id)
@@ -189,6 +192,13 @@ def test_what_is_missing_is_seen_and_mended(layout: Layout, views: Views, tmp_pa
         case "file short":
             (view / "config.json").unlink()
             (view / "config.json").write_text("{}")
+        case "file another":
+            (view / "config.json").unlink()
+            (view / "config.json").write_text('{"a": 2}')
+        case "blob replaced":  # as by a repair: the view still shows the old bytes
+            blob = layout.blob(manifest.by_path["config.json"].sha256)
+            blob.rename(tmp_path / "old")
+            blob.write_bytes(FILES["config.json"])
         case "file a symlink":
             (view / "config.json").unlink()
             (view / "config.json").symlink_to(layout.blob(manifest.by_path["config.json"].sha256))
@@ -206,6 +216,26 @@ def test_what_is_missing_is_seen_and_mended(layout: Layout, views: Views, tmp_pa
     views.publish(manifest, hub_id="org/model", names=["main"])
     assert views.complete(manifest, "org/model")
     assert tree(view) == tree(snapshot(layout)) == FILES
+
+
+def test_a_view_of_copies_is_complete_where_the_blobs_can_have_no_more_links(layout: Layout, views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+
+    for data in FILES.values():
+        add_blob(layout, data)
+    manifest = manifest_of(FILES)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", full)
+        views.publish(manifest, hub_id="org/model", names=["main"])
+    for data in FILES.values():
+        add_blob(layout, data)  # fetched again for another model, and found
+    assert tree(layout.view(manifest.id)) == FILES
+    assert views.complete(manifest, "org/model")
+    shown = layout.view(manifest.id) / "config.json"
+    shown.unlink()
+    shown.write_text('{"a": 2}')
+    assert not views.complete(manifest, "org/model")
 
 
 @pytest.mark.parametrize("place", ["deep", "deep/er", "config.json", "."])
