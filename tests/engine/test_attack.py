@@ -360,7 +360,9 @@ def test_asking_again_right_after_a_cancel_resumes(bed: Bed) -> None:
         async with bed.engine(workers=2) as engine:
             for pause in range(30):  # each a little later than the one before
                 job = await engine.ensure(wish("acme/m"))
-                assert isinstance(job, JobStatus)
+                if not isinstance(job, JobStatus):  # the cancellation came while it was being published: too late
+                    await engine.remove("acme/m")
+                    continue
                 await until(lambda name=job.id: (list(bed.store.glob("ingest/*/data")), engine.job(name).state.ended), any)
                 await asyncio.sleep(pause * 0.01)
                 ended = await engine.cancel(job.id)
