@@ -1,6 +1,6 @@
-"""Receipts: what a finished blob's fill learnt of it, kept until its entry has a manifest. Nothing is believed because of one: the blob counts.
+"""Receipts: what finished ingests became, kept until their entry has a manifest. They prove nothing; who believes one has read the blob.
 
-They save a resumed fill from hashing again. They are not synced to the disk, so that a lost or torn receipt costs a re-hash and no more.
+They tell a resumed fill which blob a file became where the source publishes no SHA-256. They are not synced to the disk: a lost one costs a fetch.
 """
 
 from __future__ import annotations
