@@ -65,9 +65,10 @@ class Pump:
         with ThreadPoolExecutor(self._lanes, thread_name_prefix="lane") as threads:
             lanes = [threads.submit(self._lane) for _ in range(self._lanes)]
             done, _ = wait(lanes, return_when=FIRST_EXCEPTION)
-            failed = [error for lane in done if (error := lane.exception()) is not None]
-            if failed:
+            if any(lane.exception() for lane in done):
                 self.stop()
+        # All have ended: the one that failed by itself is the cause, also where a lane that it stopped was quicker to say so.
+        failed = [error for lane in lanes if (error := lane.exception()) is not None]
         if failed:
             raise next((error for error in failed if not isinstance(error, Interrupted)), failed[0])
         if self._frontier < self._ingest.count:
