@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from nvcache import __version__
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 OPEN_TIMEOUT = 60.0  # seconds opening and reading the store may take before the disk counts as stalled
 MEASURE_EVERY = 30.0  # seconds between two looks at the room that nobody asked for
 LEASE_GRACE = 120.0  # seconds every lease lives on after a restart, so that its holder can find us again
+STANDING_READY = 2  # worker processes that are started before there is work; the others come with it
 TOUCH_EVERY = 60.0  # seconds between two notes of the same entry's use
 
 
@@ -99,6 +101,8 @@ class Engine:
         await self._disk.bounded(OPEN_TIMEOUT, "read the store", load_shelf, self._do, self._root, clock.unix() + LEASE_GRACE)
         await self._do.ledger.measure()
         self._problems = ()
+        self._do.workers.prepare(STANDING_READY)
+        self._net.submit(import_module, "nvcache.sources.hubclient")  # a tenth of a second that the first fill need not wait for
         self._background = asyncio.create_task(self._run(), name="engine")
 
     async def stop(self) -> None:

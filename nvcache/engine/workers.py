@@ -83,10 +83,10 @@ class Workers:
         """The process ids of the workers that run."""
         return [process.process.pid for process in self._processes]
 
-    def prepare(self) -> None:
-        """Start the processes that are missing, without waiting: a task is about to come."""
-        if len(self._processes) < self.count and not self._stopping:
-            self._own(self._start_missing())
+    def prepare(self, count: int | None = None) -> None:
+        """Start the processes that are missing (of `count`, by default of all), without waiting: a task is about to come."""
+        if len(self._processes) < (count or self.count) and not self._stopping:
+            self._own(self._start_missing(count))
 
     async def run(self, task: Task, *, priority: Priority = Priority.DEMAND, progress: ProgressCallback | None = None) -> dict[str, Any]:
         """Run `task` on some worker and return its result. `progress(stored, fetched)` is called on the event loop.
@@ -170,9 +170,9 @@ class Workers:
         process.free += cost
         self._hand_out()
 
-    async def _start_missing(self) -> None:
+    async def _start_missing(self, count: int | None = None) -> None:
         async with self._starting:
-            while len(self._processes) < self.count and not self._stopping:
+            while len(self._processes) < min(count or self.count, self.count) and not self._stopping:
                 self._processes.append(await self._start())
         self._hand_out()
 
