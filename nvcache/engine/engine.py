@@ -474,6 +474,7 @@ class Engine:
         """Stop a job; what it fetched stays until the room is needed or the daemon restarts. Raises `RequestError` (unknown-job)."""
         job = self._jobs.get(job_id)
         await self._jobs.cancel(job)
+        await self._do.ledger.measure()
         return job.status()
 
     def _job_changed(self, job: Job) -> None:

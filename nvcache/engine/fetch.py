@@ -10,6 +10,7 @@ import asyncio
 import base64
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from nvcache.core.digest import Algorithm, Digest
@@ -27,7 +28,7 @@ from nvcache.engine.jobs import Job, Tally
 from nvcache.engine.ledger import Promise
 from nvcache.engine.messages import AdoptTask, FetchTask, WeightsTask
 from nvcache.engine.shelf import Entry, hub_id
-from nvcache.errors import Code, IntegrityError, NvcacheError, RequestError
+from nvcache.errors import Code, DiskError, IntegrityError, NvcacheError, RequestError
 from nvcache.sources.base import Resolved, remote_to_dict
 from nvcache.store.catalog import EntryState
 from nvcache.store.ingest import ingest_key
@@ -181,6 +182,8 @@ class Fetcher:
                 await self.give_back(plan)
             elif not error.retryable:
                 await self._do.disk.call(self._do.catalog.remove_plan, plan.id)  # what was fetched stays until the room is needed
+            with suppress(DiskError):  # the first error is the one to tell
+                await self._do.ledger.measure()
             raise
         await self._do.ledger.measure()
         return entry

@@ -125,6 +125,11 @@ class Workers:
             if not future.done():
                 future.set_exception(_stopping())
         self._waiting.clear()
+        try:
+            async with asyncio.timeout(STOP_ALL_GRACE), self._starting:  # one that is being started would be left behind
+                pass
+        except TimeoutError:
+            log.warning("a worker is still being started")
         for process in self._processes:
             process.writer.close()  # the worker leaves at once when its control socket ends
         waits = [process.process.wait() for process in self._processes]
