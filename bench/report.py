@@ -108,13 +108,6 @@ def answer_table(result: dict[str, Any]) -> Table:
     return Table(title, columns, tuple(rows), (*notes, one_line(result["machine"])))
 
 
-def tls_table(result: dict[str, Any]) -> Table:
-    """What `bench.tls` found."""
-    rows = tuple((row["way"], str(row["threads"]), _range(row["cpu"], 2), _range(row["wall"], 2), _range(row["ratio"], 2)) for row in result["rows"])
-    title = f"Reading {result['bytes'] / 1e6:.0f} MB from nginx on loopback over TLS 1.3, {result['rounds']} rounds"
-    return Table(title, ("", "threads", "core-s per GB", "wall s per GB", "core-s ÷ ssl.SSLSocket"), rows, (one_line(result["machine"]),))
-
-
 def _verdict(what: str, value: float, reach: float, form: str) -> str:
     return f"{'Reached' if value <= reach else 'NOT reached'}: {what} = {form.format(value)} (at most {form.format(reach)})."
 
@@ -187,11 +180,10 @@ def _save(figure: Any, stem: Path, title: str, machine: dict[str, Any]) -> None:
     plt.close(figure)
 
 
-SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], Table], Callable[[dict[str, Any], Path], None] | None]] = {
+SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], Table], Callable[[dict[str, Any], Path], None]]] = {
     "fill-http": (fill_table, plot_fill),
     "fill-tls": (fill_table, plot_fill),
     "answer": (answer_table, plot_answer),
-    "tls": (tls_table, None),
 }
 
 
@@ -214,10 +206,9 @@ def main() -> None:
             print(f"{name}: no result, left as it is")
             continue
         result = json.loads(path.read_text())
-        if plot:
-            plot(result, RESULTS / name)
+        plot(result, RESULTS / name)
         measured = f"Measured {result['machine']['at'][:10]} at revision {result['machine']['revision']}."
-        sections.append((name, f"{table(result).markdown()}\n{measured}" + (f"\n\n![{name}](results/{name}.svg)" if plot else "")))
+        sections.append((name, f"{table(result).markdown()}\n{measured}\n\n![{name}](results/{name}.svg)"))
     README.write_text(rewrite(README.read_text(), sections))
     print(f"rewrote {', '.join(name for name, _ in sections) or 'nothing'} in {README.name}")
 

@@ -16,7 +16,6 @@ from enum import StrEnum
 
 from nvcache.errors import Code, Interrupted, SourceError
 from nvcache.sources.http import Target, Transport, UnreadableCaError, proxy_authorization, proxy_for, tls_context
-from nvcache.sources.tls import TlsConnection
 
 PIECE = 256 * 1024  # bytes a body must bring within the stall timeout
 LONG_PIECE = 16 * PIECE  # read at a time while it flows: a fifth less CPU than small pieces over plain http
@@ -157,7 +156,8 @@ class Line:
             self._cut = self._cut or reason
             if self._socket is not None:
                 with suppress(OSError):  # not connected yet, or closed already
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                    # not SSLSocket.shutdown: it would take the TLS state away under a thread that reads
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def drop(self) -> None:
         """Close the connection; the next `ask` dials. Safe to call twice."""
@@ -193,16 +193,16 @@ class Line:
         except ValueError as error:
             raise self._refused(target, str(error), retryable=False) from None
         sock = self._connect(Target.parse(proxy) if proxy else target)
-        tls: TlsConnection | None = None
         if target.scheme == "https":
             if proxy:
                 self._tunnel(sock, target, proxy)
-            tls = TlsConnection(sock, tls_context(self._transport.ca_file), target.host)
-            tls.do_handshake()
+            sock = tls_context(self._transport.ca_file).wrap_socket(sock, server_hostname=target.host, do_handshake_on_connect=False)
+            self._adopt(sock)
+            sock.do_handshake()
         sock.settimeout(None)  # from here on the watchdog bounds every wait, and a blocking read costs one system call
         self._http = http.client.HTTPConnection(target.host, target.port)
         self._http.auto_open = 0
-        self._http.sock = tls or sock
+        self._http.sock = sock
 
     def _connect(self, target: Target) -> socket.socket:
         """A connection to the first address that answers within the connect timeout. Only the name look-up has the resolver's own time limit."""
