@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import http.client
 import json
 import math
-import socket
 import subprocess
 import sys
 import threading
@@ -25,11 +23,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bench.connection import UnixConnection
 from bench.daemon import NVCACHE, Daemon, clean_environment, fresh
 from bench.fill import RESULTS, WORK, origin, read_through
 from bench.machine import describe
 from bench.measure import MeasureError, spread
-from bench.report import answer_table
+from bench.report_answer import table
 from bench.rows import REPO
 from nvcache.client.transport import Transport
 from nvcache.settings import parse_size
@@ -39,20 +38,6 @@ READY = "bench/ready"
 READY_SIZE = 64 * 10**6
 WAYS = ("kept", "new")
 EDGES_MS = [10 ** (exponent / 10) for exponent in range(-10, 31)]  # 0.1 ms to 1 s, ten bins a decade
-
-
-class UnixConnection(http.client.HTTPConnection):
-    """An HTTP connection over a Unix socket."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=30)
-        self._path = path
-
-    def connect(self) -> None:
-        """Connect to the socket."""
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +72,13 @@ class Fills:
             self.over.set()
 
     def _once(self) -> tuple[float, float]:
-        fetched = json.loads(_nvcache(self.daemon, "warm", "--json", f"hf://{REPO}"))["fetched_bytes"]
+        fetched = json.loads(nvcache(self.daemon, "warm", "--json", f"hf://{REPO}"))["fetched_bytes"]
         if fetched < 0.99 * self.bytes:  # the small files may be the ready model's too
             raise MeasureError(f"cannot measure while filling: only {fetched} of {self.bytes} bytes were fetched")
         jobs = Transport(f"unix://{self.daemon.socket}").request("GET", "/v1/jobs")["jobs"]
         mine = [job for job in jobs if job["kind"] == "fill" and REPO in job["ref"] and job["ended_at"]]
         started, ended = max((_unix(job["created_at"]), _unix(job["ended_at"])) for job in mine)
-        _nvcache(self.daemon, "rm", f"hf://{REPO}")
+        nvcache(self.daemon, "rm", f"hf://{REPO}")
         return started, ended
 
 
@@ -134,11 +119,11 @@ def measure(work: Path, size: int, requests: int, rate: float) -> dict[str, Any]
     with NginxHub({READY: ready, REPO: filled}, fresh(work / "nginx")) as hub:
         env = clean_environment(work, hub.url, None)
         with Daemon(fresh(work / "target") / "store", env, work / "daemon.log") as daemon:
-            _nvcache(daemon, "warm", f"hf://{READY}")
+            nvcache(daemon, "warm", f"hf://{READY}")
             read_through(filled)
             ask(daemon, rate, lambda asked: asked >= 200)  # the first answers warm up both sides
             idle = ask(daemon, rate, lambda asked: asked >= total)
-            fills = Fills(daemon, total / rate * 1.02, _bytes(filled))
+            fills = Fills(daemon, total / rate * 1.02, bytes_of(filled))
             thread = threading.Thread(target=fills.run, name="fills")
             thread.start()
             busy = ask(daemon, rate, lambda asked: fills.over.is_set())
@@ -176,14 +161,16 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
-def _nvcache(daemon: Daemon, *words: str) -> str:
+def nvcache(daemon: Daemon, *words: str) -> str:
+    """What a command says. Raises `MeasureError`."""
     done = subprocess.run([*NVCACHE, *words], env=daemon.env, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         raise MeasureError(f"cannot run nvcache {words[0]}: exit {done.returncode}: {done.stderr[-1000:]}")
     return done.stdout
 
 
-def _bytes(directory: Path) -> int:
+def bytes_of(directory: Path) -> int:
+    """The sizes of all files, added up."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
@@ -204,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     result = measure(args.work.resolve(), args.size, args.requests, args.rate)
     (args.out / "answer.json").write_text(json.dumps(result, indent=1) + "\n")
-    answer_table(result).show()
+    table(result).show()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from typing import Self
 NVCACHE = [sys.executable, "-m", "nvcache"]
 
 
-def clean_environment(work: Path, endpoint: str, ca_file: Path | None) -> dict[str, str]:
+def clean_environment(work: Path, hub: str | None, ca_file: Path | None) -> dict[str, str]:
     """What every measured command is given: nothing of the caller's proxies, tokens, caches or configuration; this Hub and this CA."""
     home = work / "home"
     home.mkdir(parents=True, exist_ok=True)
-    env = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "HF_ENDPOINT": endpoint}
-    return env | ({"SSL_CERT_FILE": str(ca_file)} if ca_file else {})
+    env = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+    return env | ({"HF_ENDPOINT": hub} if hub else {}) | ({"SSL_CERT_FILE": str(ca_file)} if ca_file else {})
 
 
 class Daemon:

@@ -17,8 +17,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PEERS = {"nginx": ("nginx", "-v"), "aria2c": ("aria2c", "--version"), "curl": ("curl", "--version")}
-PACKAGES = ("nvcache", "huggingface_hub", "httpx2", "httpx", "hf_xet", "uvicorn", "xxhash")
+from tests.support.azurite import NODE
+
+PEERS = {"nginx": ("nginx", "-v"), "aria2c": ("aria2c", "--version"), "curl": ("curl", "--version"), "fio": ("fio", "--version")}
+PACKAGES = (
+    "nvcache",
+    "huggingface_hub",
+    "httpx2",
+    "httpx",
+    "hf_xet",
+    "uvicorn",
+    "xxhash",
+    "azure-storage-blob",
+    "torch",
+    "safetensors",
+    "runai-model-streamer",
+    "fastsafetensors",
+)
+FROM_NPM = {"azurite": "azurite", "azcopy": "@azure-tools/azcopy-linux"}
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -37,7 +53,9 @@ def describe(directory: Path) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         **_disk(directory),
         "python": platform.python_version(),
-        "versions": {name: _version(argv) for name, argv in PEERS.items()} | {name: _package(name) for name in PACKAGES},
+        "versions": {name: _version(argv) for name, argv in PEERS.items()}
+        | {name: _package(name) for name in PACKAGES}
+        | {name: _from_npm(package) for name, package in FROM_NPM.items()},
         "revision": _revision(),
     }
 
@@ -67,14 +85,25 @@ def _disk(directory: Path) -> dict[str, Any]:
             best = (point, kind, source)
     device = os.stat(real).st_dev
     block = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    model = block / "device/model"
     queue = next((path for path in (block / "queue", block.parent / "queue", block / "../queue") if path.is_dir()), None)
     return {
         "file_system": best[1],
-        "disk": best[2] + (f" ({model.read_text().strip()})" if model.is_file() else ""),
+        "disk": best[2] + _kind(block),
         "read_ahead_kb": int((queue / "read_ahead_kb").read_text()) if queue else None,
         "disk_free": shutil.disk_usage(real).free,
     }
+
+
+def _kind(block: Path) -> str:
+    """A disk's model, or what a block device is made of."""
+    model, md = block / "device/model", block / "md"
+    if model.is_file():
+        return f" ({model.read_text().strip()})"
+    if md.is_dir():
+        level, disks, chunk = ((md / name).read_text().strip() for name in ("level", "raid_disks", "chunk_size"))
+        return f" ({level} of {disks}, chunk {int(chunk) // 1024} KiB)"
+    parts = len(list((block / "slaves").glob("*")))
+    return f" (of {parts})" if parts else ""
 
 
 def _version(argv: tuple[str, ...]) -> str | None:
@@ -90,6 +119,11 @@ def _package(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _from_npm(name: str) -> str | None:
+    about = NODE / "node_modules" / name / "package.json"
+    return str(json.loads(about.read_text())["version"]) if about.is_file() else None
 
 
 def _revision() -> str | None:

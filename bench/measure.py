@@ -124,13 +124,15 @@ class Watch:
         self._thread.join()
 
     def _sample_until_over(self) -> None:
-        while not self._over.is_set():
+        over = False
+        while not over:
+            over = self._over.is_set()  # before the sample: the last one is of the end
             self.peak = max(self.peak, sum(self._sample(pid) for pid in tree(self._roots)))
             self._over.wait(INTERVAL)
 
     def _sample(self, pid: int) -> int:
         """PSS of one process in bytes; 0 when it has just ended."""
-        pss = _pss(pid)
+        pss = pss_of(pid)
         if pss:
             process = self._processes.get(pid) or self._processes.setdefault(pid, Process(pid, _command(pid)))
             process.pss = max(process.pss, pss)
@@ -191,12 +193,13 @@ def _own_times(pid: int) -> list[float]:
     return [int(ticks) / TICK for ticks in stat[11:13]] if stat else [0.0]
 
 
-def _pss(pid: int) -> int:
+def pss_of(pid: int) -> int:
+    """PSS of one process in bytes; 0 when it ended, or is a zombie without memory."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as rollup:
             return next((int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:")), 0)
     except (FileNotFoundError, ProcessLookupError):
-        return 0  # it ended, or is a zombie without memory
+        return 0
 
 
 def _command(pid: int) -> str:

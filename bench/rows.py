@@ -1,4 +1,4 @@
-"""The ways to fetch a repository that are compared: the command of each, and where its files end up. It runs and measures none of them."""
+"""The ways to fetch a model that are compared: the command of each, and where its files end up. It runs and measures none of them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bench.daemon import NVCACHE
-from tests.support.nginx import NginxHub
 
 REPO = "bench/llama"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file of the repository and the URL the Hub gives it under."""
+    """One file of the model and the URL the origin gives it under."""
 
     path: str
     size: int
@@ -28,9 +27,13 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be fetched, and the empty directory `target` to fetch it into."""
+    """What is to be fetched, and the empty directory `target` to fetch it into.
+
+    `reference` is the model's on the Hub, or the URL of a container in which prefixes hold the same files with different digests.
+    """
 
     files: tuple[Wanted, ...]
+    reference: str
     commit: str
     target: Path
     ca_file: Path | None
@@ -43,18 +46,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Row:
-    """One way. `verifies` says what of the bytes it proves; `found` where the repository's files are, from the task and what it printed."""
+    """One way. `verifies` says what of the bytes it proves; `found` where the model's files are, from the task and what it printed.
+
+    `daemon`: its command asks a daemon, which is started before.
+    """
 
     name: str
     verifies: str
     command: Callable[[Task], list[str]]
     found: Callable[[Task, str], Path]
     environment: tuple[tuple[str, str], ...] = ()
+    daemon: bool = False
 
 
-def wanted(directory: Path, hub: NginxHub) -> tuple[Wanted, ...]:
-    """The files under `directory` as `hub` serves them."""
-    base = f"{hub.url}/{REPO}/resolve/{hub.commits[REPO]}/"
+def wanted(directory: Path, base: str) -> tuple[Wanted, ...]:
+    """The files under `directory` as they are served at the URL `base`, which ends in a slash."""
     found = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -68,8 +74,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _ours(task: Task) -> list[str]:
-    return [*NVCACHE, "warm", "--json", f"hf://{REPO}"]
+def ours(verifies: str, name: str = "nvcache", prefix: str = "") -> Row:
+    """A row of nvcache's: the reference, or what is below its `prefix`."""
+    found = lambda task, said: Path(json.loads(said)["path"])  # noqa: E731 - as those of the peers
+    return Row(name, verifies, lambda task: [*NVCACHE, "warm", "--json", task.reference + prefix], found, daemon=True)
 
 
 def _hf(task: Task) -> list[str]:
@@ -99,11 +107,12 @@ def _trial(task: Task) -> list[str]:
     return [sys.executable, "-m", "bench.trial", str(listing)]
 
 
-def _in_target(task: Task, said: str) -> Path:
+def in_target(task: Task, said: str) -> Path:
+    """Where most leave the files."""
     return task.target
 
 
-OURS = Row("nvcache", "SHA-256, headers", _ours, lambda task, said: Path(json.loads(said)["path"]))
+OURS = ours("SHA-256, headers")
 HF = Row(
     "hf download",
     "sizes",
@@ -111,7 +120,7 @@ HF = Row(
     lambda task, said: task.target / f"models--{REPO.replace('/', '--')}" / "snapshots" / task.commit,
     (("HF_HUB_DISABLE_XET", "1"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1"), ("HF_HUB_DISABLE_TELEMETRY", "1")),
 )
-ARIA2 = Row("aria2c", "no", _aria2, _in_target)
-CURL = Row("curl -Z", "no", _curl, _in_target)
-TRIAL = Row("bare trial", "SHA-256", _trial, _in_target)
-ROWS = (OURS, HF, ARIA2, CURL, TRIAL)
+ARIA2 = Row("aria2c", "no", _aria2, in_target)
+CURL = Row("curl -Z", "no", _curl, in_target)
+TRIAL = Row("bare trial", "SHA-256", _trial, in_target)
+HUB_ROWS = (OURS, HF, ARIA2, CURL, TRIAL)

@@ -12,21 +12,30 @@ import click
 
 from nvcache import __version__
 from nvcache.cli import output
+from nvcache.cli.affinity import affinity
 from nvcache.cli.completion import completion
+from nvcache.cli.config import config
 from nvcache.cli.daemon import Connection, exit_for, problem_of
+from nvcache.cli.disks import disks
 from nvcache.cli.doctor import doctor
+from nvcache.cli.evict import evict
 from nvcache.cli.exits import Exit
+from nvcache.cli.hold import hold
+from nvcache.cli.leases import leases
+from nvcache.cli.mirror import mirror
 from nvcache.cli.models import df, jobs, ls, path, pin, rm, show, unpin
 from nvcache.cli.serve import serve
+from nvcache.cli.ui import ui
 from nvcache.cli.verify import verify
 from nvcache.cli.warm import warm
+from nvcache.cli.why import why
 from nvcache.client import Problem
 from nvcache.errors import NvcacheError
 
 PROGRAM = "nvcache"
 
 
-NAMES = "REF: org/name[@revision], file:///dir, or a model as `nvcache ls` shows it."
+NAMES = "REF: org/name[@revision], az://account/container/prefix, file:///dir, or a model as `nvcache ls` shows it."
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, epilog=NAMES)
@@ -40,7 +49,30 @@ def cli(context: click.Context, *, url: str | None, socket: str | None) -> None:
     context.obj = Connection(url, socket)
 
 
-for command in (serve, warm, ls, show, path, rm, pin, unpin, verify, df, doctor, jobs, completion):
+for command in (
+    serve,
+    warm,
+    hold,
+    ls,
+    show,
+    path,
+    rm,
+    evict,
+    leases,
+    pin,
+    unpin,
+    verify,
+    why,
+    mirror,
+    df,
+    ui,
+    affinity,
+    disks,
+    doctor,
+    jobs,
+    config,
+    completion,
+):
     cli.add_command(command)
 
 

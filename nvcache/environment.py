@@ -27,7 +27,10 @@ def default_socket(env: Mapping[str, str], uid: int) -> Path:
 
 
 def client_url(environ: Mapping[str, str] | None = None, uid: int | None = None) -> str:
-    """Where commands look for the daemon: `NVCACHE_URL`, else the socket in `NVCACHE_SOCKET`, else the default socket (admin first)."""
+    """Where commands look for the daemon: `NVCACHE_URL`, else the socket in `NVCACHE_SOCKET`, else the default socket (admin first).
+
+    A container that mounts the directory of the system's socket means that one, also before it is there: it may be up before the daemon.
+    """
     env = os.environ if environ is None else environ
     if env.get("NVCACHE_URL"):
         return env["NVCACHE_URL"]
@@ -38,7 +41,8 @@ def client_url(environ: Mapping[str, str] | None = None, uid: int | None = None)
     if os.access(admin, os.W_OK):
         return unix_url(admin)
     system = SYSTEM_DIRECTORY / "nvcache.sock"
-    return unix_url(system if not socket.exists() and os.access(system, os.W_OK) else socket)
+    usable = os.access(system, os.W_OK) or (not os.access(system, os.F_OK) and SYSTEM_DIRECTORY.is_mount())
+    return unix_url(system if usable and not os.access(socket, os.F_OK) else socket)
 
 
 def unix_url(socket: Path) -> str:

@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+SPENT = frozenset({"EMFILE", "ENFILE", "ENOMEM"})  # of errno: they say nothing about a disk, this process or machine is short of something
+
 
 class Code(StrEnum):
     """Stable names of everything that can go wrong; the whole of them is documented in docs/errors.md (generated)."""
@@ -28,6 +30,7 @@ class Code(StrEnum):
     UNKNOWN_MODEL = "unknown-model"
     UNKNOWN_JOB = "unknown-job"
     UNKNOWN_LEASE = "unknown-lease"
+    UNKNOWN_BLOB = "unknown-blob"
     AMBIGUOUS_REVISION = "ambiguous-revision"
     NOT_READY = "not-ready"
     LEASED = "leased"
@@ -49,6 +52,12 @@ class Code(StrEnum):
 
     DISK_IO = "disk-io"
     DISK_STALLED = "disk-stalled"
+    NO_STRIPE = "no-stripe"
+    DISKS_REFUSED = "disks-refused"
+    DISKS_BUSY = "disks-busy"
+    TOOL_MISSING = "tool-missing"
+    TOOL_FAILED = "tool-failed"
+    TOOL_STALLED = "tool-stalled"
 
     REPOSITORY_NOT_FOUND = "repository-not-found"
     REVISION_NOT_FOUND = "revision-not-found"
@@ -64,6 +73,8 @@ class Code(StrEnum):
     SOURCE_PROTOCOL = "source-protocol"
     SOURCE_CHANGED = "source-changed"
     NEEDS_XET = "needs-xet"
+    ARCHIVED = "archived"
+    NO_DIGEST = "no-digest"
 
     DIGEST_MISMATCH = "digest-mismatch"
     SIZE_MISMATCH = "size-mismatch"
@@ -82,6 +93,7 @@ class Code(StrEnum):
     CANCELLED = "cancelled"
     STOPPING = "stopping"
     TIMEOUT = "timeout"
+    UNREADABLE = "unreadable"
     INTERNAL = "internal"
 
 
@@ -95,14 +107,19 @@ class CodeFacts:
 
 
 FACTS: dict[Code, CodeFacts] = {
-    Code.BAD_REFERENCE: CodeFacts("the model reference cannot be read", "write it as hf://org/name[@revision], org/name or file:///absolute/dir"),
+    Code.BAD_REFERENCE: CodeFacts(
+        "the model reference cannot be read", "write it as [hf://]org/name[@revision], az://account/container/prefix or file:///absolute/dir"
+    ),
     Code.BAD_REQUEST: CodeFacts("the request is not of the API's form", "`GET /openapi.json` names the fields this call takes"),
     Code.UNKNOWN_MODEL: CodeFacts("the node has no such model", "make it ready with `nvcache warm REF`; `nvcache ls` shows what is here"),
     Code.UNKNOWN_JOB: CodeFacts("no such job", "jobs are kept for an hour; `nvcache jobs` lists them"),
     Code.UNKNOWN_LEASE: CodeFacts("no such lease; it was released or ran out", "take a new lease before loading"),
+    Code.UNKNOWN_BLOB: CodeFacts("no model that is ready here has these bytes", "fetch them from their source"),
     Code.AMBIGUOUS_REVISION: CodeFacts("several revisions of the model are here", "name one as <slug>@<revision>"),
     Code.NOT_READY: CodeFacts("the model is not ready yet", "wait for it: `nvcache warm REF`", retryable=True),
-    Code.LEASED: CodeFacts("somebody holds the model", "release the leases shown, or wait until they run out", retryable=True),
+    Code.LEASED: CodeFacts(
+        "somebody holds the model", "wait until the leases shown are released or run out, or break them with `nvcache leases --break`", retryable=True
+    ),
     Code.PINNED: CodeFacts("the model is pinned", "run `nvcache unpin REF` first"),
     Code.IN_USE: CodeFacts("a process on the node has the model open", "stop the process that reads it", retryable=True),
     Code.ALIAS_CONFLICT: CodeFacts("the alias names another source's model", "choose another alias or remove the other model"),
@@ -124,16 +141,27 @@ FACTS: dict[Code, CodeFacts] = {
     Code.STARTING: CodeFacts("the daemon has not finished starting", "ask again in a moment", retryable=True),
     Code.DISK_IO: CodeFacts("the disk failed a read or a write", "look at the kernel log of the node; replace the disk", retryable=True),
     Code.DISK_STALLED: CodeFacts("the disk does not answer", "look at the kernel log of the node", retryable=True),
+    Code.NO_STRIPE: CodeFacts("the node's cache disks are not mounted just now", "`nvcache disks` shows each disk and why", retryable=True),
+    Code.DISKS_REFUSED: CodeFacts("the disks are not touched, for the reason given", "docs/troubleshooting.md has a remedy for each code"),
+    Code.DISKS_BUSY: CodeFacts("another nvcache works on the disks", "wait for it to end, then try again", retryable=True),
+    Code.TOOL_MISSING: CodeFacts("a program that nvcache needs for disks is not installed", "install the package named in the message"),
+    Code.TOOL_FAILED: CodeFacts("a storage command failed", "look at its message and the kernel log of the node", retryable=True),
+    Code.TOOL_STALLED: CodeFacts(
+        "a storage command does not end; no second one is started", "look at the kernel log of the node; a reboot may be needed", retryable=True
+    ),
     Code.REPOSITORY_NOT_FOUND: CodeFacts(
         "the repository does not exist, or is private and the token cannot see it",
-        "check the name; for a private model set HF_TOKEN or HF_TOKEN_PATH",
+        "check the name; for a private model give the daemon a token that may see it (HF_TOKEN or hf_token_path)",
     ),
     Code.REVISION_NOT_FOUND: CodeFacts("the repository has no such revision", "check the branch, tag or commit after the @"),
     Code.FILE_NOT_FOUND: CodeFacts("the source lists a file but does not have it", "the repository is incomplete; ask its owner"),
     Code.GATED: CodeFacts(
-        "the model is gated and this account has no access", "accept its terms on the model's page, then set HF_TOKEN for that account"
+        "the model is gated and this account has no access",
+        "accept its terms on the model's page, then give the daemon that account's token (HF_TOKEN or hf_token_path)",
     ),
-    Code.BAD_TOKEN: CodeFacts("the source refuses the token", "replace the token in HF_TOKEN or HF_TOKEN_PATH"),
+    Code.BAD_TOKEN: CodeFacts(
+        "the source refuses the credential", "replace the daemon's: for the Hub HF_TOKEN or hf_token_path, for Azure see docs/azure.md"
+    ),
     Code.SOURCE_FORBIDDEN: CodeFacts("the source refuses access", "check the account's rights on the source"),
     Code.SOURCE_UNREACHABLE: CodeFacts(
         "the source cannot be reached", "check DNS, HTTPS_PROXY/NO_PROXY and egress rules; what is ready is still served", retryable=True
@@ -149,6 +177,11 @@ FACTS: dict[Code, CodeFacts] = {
     ),
     Code.SOURCE_CHANGED: CodeFacts("the file changed at the source while it was fetched", "ask again: the new revision is fetched", retryable=True),
     Code.NEEDS_XET: CodeFacts("files over 50 GB cannot be had from the Hub over plain HTTP", "install the extra: pip install 'nvcache[xet]'"),
+    Code.ARCHIVED: CodeFacts("a blob is in the archive tier and cannot be read", "bring it back first: az storage blob set-tier --tier Hot …"),
+    Code.NO_DIGEST: CodeFacts(
+        "the source publishes no digest for a file, and one is required",
+        "put a SHA256SUMS beside the weights, upload with `azcopy --put-md5`, or copy the model with `nvcache mirror`",
+    ),
     Code.DIGEST_MISMATCH: CodeFacts(
         "the bytes are not those the source published", "the source or a proxy serves wrong bytes; nothing of it was kept"
     ),
@@ -164,12 +197,16 @@ FACTS: dict[Code, CodeFacts] = {
     Code.LISTING_CONFLICT: CodeFacts("the listing contradicts itself", "nothing was fetched; ask the repository's owner"),
     Code.DEGRADED: CodeFacts("bytes on the disk went bad", "`nvcache verify REF` repairs it from the source", retryable=True),
     Code.TOO_LARGE: CodeFacts("the model is larger than the cache can ever be", "raise max_bytes or choose a larger disk"),
-    Code.FULL: CodeFacts("the cache is full just now", "remove or unpin models (`nvcache rm`), or raise max_bytes", retryable=True),
+    Code.FULL: CodeFacts("the cache is full just now", "unpin or remove models, end leases (`nvcache leases`), or raise max_bytes", retryable=True),
     Code.DISK_FULL: CodeFacts("the file system ran out of space", "free space on the store's file system", retryable=True),
     Code.WORKER_DIED: CodeFacts("a worker process died", "it is started again; look at the log for the reason", retryable=True),
     Code.CANCELLED: CodeFacts("the job was cancelled", "ask again to resume where it stopped", retryable=True),
     Code.STOPPING: CodeFacts("the daemon is stopping", "the fill resumes at the next start", retryable=True),
     Code.TIMEOUT: CodeFacts("it did not finish in the time given", "give a longer --timeout; the fill goes on in the daemon", retryable=True),
+    Code.UNREADABLE: CodeFacts(
+        "the model is ready, but the command does not see it or may not read it where it runs",
+        "mount the store's models/ or hub/ read-only at the same path, with mountPropagation: HostToContainer",
+    ),
     Code.INTERNAL: CodeFacts("a defect in nvcache", "report it with the daemon's log"),
 }
 

@@ -37,6 +37,11 @@ def context(**fields: str) -> Iterator[None]:
         _context.reset(token)
 
 
+def current() -> dict[str, str]:
+    """The fields that `context` adds here, to be added elsewhere as well."""
+    return dict(_context.get() or {})
+
+
 def mask(text: str) -> str:
     """`text` without users and passwords in URLs, signed-URL parameters, authorization headers and Hub tokens."""
     return _SECRETS.sub(lambda found: f"{found[found.lastgroup] if found.lastgroup else ''}***", _USERINFO.sub("://***@", text))
@@ -114,3 +119,5 @@ def setup(level: str, style: str) -> None:
         "urllib3",
     ):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+    for verbose in ("azure", "msal", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):  # what our errors say anyway, in paragraphs; every try
+        logging.getLogger(verbose).setLevel(max(logging.ERROR, root.level))

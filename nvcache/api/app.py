@@ -14,17 +14,18 @@ from starlette.routing import Match, Route
 
 from nvcache.api import metrics, problems
 from nvcache.api.limits import Lifecycle, Limits
-from nvcache.api.routes import leases, models, node
-from nvcache.api.scope import Gate
+from nvcache.api.routes import blobs, leases, models, node, page
+from nvcache.api.scope import Door, Gate
 from nvcache.engine.status import ErrorInfo
 from nvcache.errors import Code, NvcacheError
 
 if TYPE_CHECKING:
     from nvcache.engine.engine import Engine
 
-GROUPS = (models, leases, node)
+GROUPS = (models, leases, blobs, node, page)
 DESCRIPTION = """A node-local cache of model weights. Errors are RFC 9457 problem documents whose `code` is stable.
-Callers of a Unix socket are known by their credentials; over TCP send `Authorization: Bearer` with the daemon's token."""
+Callers of a Unix socket are known by their credentials; over TCP send `Authorization: Bearer` with the daemon's token.
+With `listen_scope = "metrics"` TCP needs no token and answers `/healthz`, `/readyz`, `/version` and `/metrics`, nothing else."""
 
 
 def create_app(engine: Engine) -> FastAPI:
@@ -32,11 +33,12 @@ def create_app(engine: Engine) -> FastAPI:
     # The pages that show the document in a browser load scripts from a CDN; nodes have no business there.
     app = FastAPI(title="nvcache", version=engine.version, description=DESCRIPTION, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.engine = engine
-    app.state.gate = Gate(engine.settings, os.geteuid())
+    app.state.gate = Gate(engine.settings, os.geteuid(), lambda: engine.settings.allow)
     app.state.lifecycle = Lifecycle()
     app.state.metrics = metrics.registry(engine)
     for group in GROUPS:
         app.include_router(group.router)
+    app.add_middleware(Door, gate=app.state.gate)
     app.add_middleware(Limits, lifecycle=app.state.lifecycle)
     app.add_exception_handler(NvcacheError, _expected)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -77,15 +77,22 @@ def listen_unix(path: Path, mode: int) -> Listener:
 
 
 def listen_tcp(address: str) -> Listener:
-    """Listen on `host:port` or `[v6]:port`. Raises `ConfigError`: socket-in-use, bad-config."""
+    """Listen on `host:port` or `[v6]:port`; `[::]` is every address, of IPv4 alone where the kernel has no IPv6.
+
+    Raises `ConfigError`: socket-in-use, bad-config.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(Code.BAD_CONFIG, f"cannot listen on {address!r}: it is not host:port")
     host = host.removeprefix("[").removesuffix("]")
+    if host == "::" and not socket.has_dualstack_ipv6():
+        host = "0.0.0.0"  # noqa: S104 - what was asked for
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if host == "::":
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # whatever the node's bindv6only is
         sock.bind((host, int(port)))
         sock.listen(BACKLOG)
     except OSError as error:

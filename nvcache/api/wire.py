@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,6 +35,7 @@ def manifest_view(manifest: Manifest | None) -> dict[str, object] | None:
     return {
         "endpoint": manifest.endpoint,
         "asked": manifest.asked,
+        "commit": manifest.commit,
         "selection": manifest.selection,
         "left_out": manifest.left_out,
         "parsed": manifest.parsed,
@@ -47,7 +48,7 @@ def manifest_view(manifest: Manifest | None) -> dict[str, object] | None:
 
 def as_dict(snapshot: Any) -> dict[str, object]:
     """The fields of a dataclass instance, one level deep."""
-    return {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+    return {name: getattr(snapshot, name) for name in snapshot.__dataclass_fields__}
 
 
 def _simpler(value: object) -> object:

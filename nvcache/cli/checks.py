@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
+from nvcache.cli.disks import remedy, stripe_line
 from nvcache.cli.output import size
 
 GOOD_FILE_SYSTEMS = frozenset({"ext4", "xfs"})
@@ -33,6 +35,7 @@ LITTLE_SPACE = 20 * 10**9
 FEW_FILES = 4096
 HUB_WAIT = 3.0  # seconds
 SKEW = 60.0  # seconds of clock difference that break signed URLs
+SEE_DISKS = "`nvcache disks` shows each disk and why"
 
 
 class Verdict(StrEnum):
@@ -167,6 +170,19 @@ def _readable(root: Path) -> Finding:
     return warn("readable by pods", f"other users cannot pass {shut[0]}", f"chmod o+x {' '.join(map(str, shut))}, or put the store elsewhere")
 
 
+def stripe(found: Mapping[str, Any]) -> Iterator[Finding]:
+    """The node's own disks as the daemon has them: mounted or not, with the remedy of each code."""
+    line, warnings = stripe_line(dict(found)), found.get("warnings") or ()
+    if line is None:
+        return
+    if found.get("state", "mounted") != "mounted":
+        yield fail("stripe", line, remedy(found.get("code")) or SEE_DISKS)
+        return
+    yield ok("stripe", line)
+    for text in warnings:
+        yield warn("stripe", text, remedy(text.partition(":")[0]) or SEE_DISKS)
+
+
 def socket(path: Path) -> Finding:
     """The socket file, its mode and whether this user may connect."""
     try:
@@ -245,8 +261,8 @@ def xet(present: bool) -> Finding:
 
 
 def descriptors() -> Finding:
-    """How many files a process may open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft >= FEW_FILES:
-        return ok("open files", f"up to {soft}")
-    return warn("open files", f"only {soft} allowed (hard limit {hard})", f"ulimit -n {FEW_FILES}, or LimitNOFILE= in the unit")
+    """How many files a process may open; the daemon allows itself all of them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard >= FEW_FILES:
+        return ok("open files", f"up to {hard}")
+    return warn("open files", f"only {hard} allowed", f"raise the hard limit to {FEW_FILES}: ulimit -Hn, or LimitNOFILE= in the unit")

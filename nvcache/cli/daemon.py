@@ -13,8 +13,8 @@ import click
 
 from nvcache.cli import output
 from nvcache.cli.exits import Exit, exit_of, worst
-from nvcache.client import Client, Problem
-from nvcache.core.ref import SlugName, parse_name, shortened
+from nvcache.client import Client, Lease, Problem
+from nvcache.core.ref import SlugName, parse_name, shortened, shown
 from nvcache.environment import client_url, unix_url
 from nvcache.errors import FACTS, Code, ConfigError, NvcacheError
 
@@ -70,17 +70,29 @@ class Daemon:
         return self._ask("DELETE", path)
 
     def model(self, name: str) -> Json:
-        """The model that a reference, a slug or an entry names. Raises unknown-model."""
-        return self.get("/v1/models", ref=name)
+        """The model that a reference, a slug or an entry names. Raises unknown-model; `RequestError` (bad-reference)."""
+        parse_name(name)  # what is no name may hold a secret, and stays out of URLs
+        return self.whole(self.get("/v1/models", ref=name), "entry", "state")
 
-    def on(self, method: str, name: str, call: str = "") -> Json:
+    def whole(self, found: Json, *names: str) -> Json:
+        """An answer that has these members. Raises `Problem` (daemon-unreachable): what answers here is no nvcache."""
+        if lacking := [name for name in names if name not in found]:
+            why = f"cannot reach the nvcache daemon at {self.url}: what answers there has no {', '.join(lacking)}, so it is something else"
+            raise Problem("daemon-unreachable", why, hint="look what listens there; correct NVCACHE_URL or NVCACHE_SOCKET", retryable=True)
+        return found
+
+    def on(self, method: str, name: str, call: str = "", body: Json | None = None) -> Json:
         """A call on the model that `name` names, such as PUT …/pin. Problems name the model as it was typed."""
         entry = self._entry(name)
         try:
-            return self._ask(method, f"/v1/models/{quote(entry, safe='@')}{call}")
+            return self._ask(method, f"/v1/models/{quote(entry, safe='@')}{call}", body)
         except Problem as problem:
             problem.detail = problem.detail.replace(entry, name)
             raise
+
+    def lease(self, entry: str, *, ttl: float | None) -> Lease:
+        """A lease on an entry, or on a slug whatever its revision, that takes over the live one of the same holder; not taken yet."""
+        return self._client.lease_of(entry, ttl=ttl, adopt=True)
 
     def _ask(self, method: str, path: str, body: Json | None = None, *, timeout: float = ANSWER_SECONDS) -> Json:
         return self._client.request(method, path, body, timeout=max(LAST_SECONDS, min(timeout, self._left())))
@@ -115,7 +127,7 @@ def each(refs: Sequence[str], act: Callable[[str], Json], show: Callable[[Json],
 def failed(ref: str, problem: Json, *, json_: bool) -> Exit:
     """Tell what went wrong with one of several models; returns its exit code."""
     if json_:
-        output.as_json({"ref": ref, "state": "failed", "error": problem}, line=True)
+        output.as_json({"ref": shown(ref), "state": "failed", "error": problem}, line=True)
     output.complain(problem["detail"], problem.get("hint"))
     return exit_for(problem)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import click
 
 from nvcache import __version__
 from nvcache.cli import output
-from nvcache.cli.daemon import Daemon, connected, daemon
+from nvcache.cli.daemon import Daemon, Json, connected, daemon
 from nvcache.cli.exits import Exit
 from nvcache.client import Problem
 from nvcache.errors import ConfigError
@@ -62,10 +63,21 @@ def examine(config: Path | None, asked: Daemon) -> Iterator[Finding]:
     where = urlsplit(asked.url)
     if where.scheme == "unix":
         yield checks.socket(Path(unquote(where.path)))
-    root = (yield from _daemon(asked)) or (chosen.store if chosen else None)
+    found = yield from _daemon(asked)
+    striped = chosen is not None and (chosen.follow or chosen.backend in ("md", "lvm"))
+    if found is not None:
+        yield from checks.stripe(found)
+        striped = False
+    elif striped:
+        yield checks.warn("stripe", "unknown while no daemon answers", checks.SEE_DISKS)
+    root = Path(found["path"]) if found and found.get("path") else chosen.store if chosen and not striped else None
     if root:
         yield from checks.store(root)
     yield from _sources(asked, chosen)
+    if chosen is not None:
+        yield from _azure(chosen)
+        if chosen.kaito_models is not None:
+            yield from _kaito(chosen.kaito_models, asked)
     yield checks.descriptors()
 
 
@@ -90,8 +102,32 @@ def _sources(asked: Daemon, chosen: Settings | None) -> Iterator[Finding]:
         yield replace(finding, detail=finding.detail + THIS_SHELL) if finding.check == "hub" else finding  # it is asked from here in any case
 
 
-def _daemon(asked: Daemon) -> Generator[Finding, None, Path | None]:
-    """Whether a daemon answers, is of this version and is ready; returns its store's directory."""
+def _azure(chosen: Settings) -> Iterator[Finding]:
+    """Azure's secrets as this shell would have them, and marked so: the daemon tells nobody what it has."""
+    from nvcache import settings
+    from nvcache.cli import checks, checks_azure
+
+    try:
+        access = settings.azure_access(chosen)
+    except ConfigError as error:
+        yield checks.fail("azure", str(error) + THIS_SHELL, error.hint)
+        return
+    for finding in checks_azure.secrets(access, time.time()):
+        yield replace(finding, detail=finding.detail + THIS_SHELL)
+
+
+def _kaito(directory: Path, asked: Daemon) -> Iterator[Finding]:
+    from nvcache.cli import checks_kaito
+
+    try:
+        models = asked.get("/v1/models")["models"]
+    except (Problem, KeyError):
+        models = []  # what is wrong with the daemon was told above
+    yield from checks_kaito.links(directory, models)
+
+
+def _daemon(asked: Daemon) -> Generator[Finding, None, Json | None]:
+    """Whether a daemon answers, is of this version and is ready; returns what its store lies on."""
     from nvcache.cli import checks
 
     try:
@@ -104,8 +140,12 @@ def _daemon(asked: Daemon) -> Generator[Finding, None, Path | None]:
     else:
         yield checks.warn("daemon", f"is version {theirs}, this command is {__version__}", "restart the daemon after an upgrade")
     try:
-        asked.get("/readyz")
-        return Path(asked.get("/v1/stripe")["path"])
+        if withdrawn := asked.get("/readyz").get("degraded"):
+            found = f"{output.count(withdrawn, 'model')} withdrawn: bytes went bad or are gone"
+            yield checks.warn("models", found, "`nvcache ls` tells which, `nvcache show REF` why it is not mended yet")
     except Problem as problem:
         yield checks.fail("ready", "; ".join(problem.document.get("problems", [])) or problem.detail, problem.hint or "look at the daemon's log")
-        return None
+    try:
+        return asked.get("/v1/stripe")
+    except Problem:
+        return None  # what is wrong with the daemon was told above

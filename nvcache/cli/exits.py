@@ -23,6 +23,7 @@ class Exit(IntEnum):
     DAEMON = 9
     HELD = 10
     DISK = 11
+    UNREADABLE = 12
     INTERRUPTED = 130
 
 
@@ -31,14 +32,15 @@ MEANING: dict[Exit, str] = {
     Exit.INTERNAL: "a defect in nvcache, or `doctor` found something that does not work",
     Exit.USAGE: "the command line, a model reference or a setting is wrong",
     Exit.NOT_FOUND: "the node has no such model or it is not ready (`path`), or the source has no such repository or revision",
-    Exit.REFUSED: "gated, private or refused by the source, or this socket may not do that",
+    Exit.REFUSED: "gated, private or refused by the source, or this socket or user may not do that",
     Exit.SOURCE: "the source cannot be reached, stalls, is busy or answers nonsense",
     Exit.INTEGRITY: "bytes are wrong: at the source, or on the disk and not repaired",
     Exit.SPACE: "the model does not fit, now or ever",
     Exit.TIMEOUT: "not finished in the time given; the fill goes on in the daemon",
     Exit.DAEMON: "the daemon cannot be reached",
-    Exit.HELD: "pinned, leased, in use or ambiguous",
-    Exit.DISK: "the node's disk failed or does not answer",
+    Exit.HELD: "pinned, leased, in use or ambiguous; another nvcache works on the disks",
+    Exit.DISK: "the node's disks failed, do not answer, or are refused",
+    Exit.UNREADABLE: "the model is ready on the node, but not to be read from here: a mount is missing, or not for this user",
     Exit.INTERRUPTED: "interrupted (Ctrl-C), or the job was cancelled",
 }
 
@@ -59,6 +61,7 @@ _BY_CAUSE: dict[Exit, tuple[Code, ...]] = {
         Code.UNKNOWN_MODEL,
         Code.UNKNOWN_JOB,
         Code.UNKNOWN_LEASE,
+        Code.UNKNOWN_BLOB,
         Code.NOT_READY,
         Code.REPOSITORY_NOT_FOUND,
         Code.REVISION_NOT_FOUND,
@@ -74,9 +77,11 @@ _BY_CAUSE: dict[Exit, tuple[Code, ...]] = {
         Code.SOURCE_PROTOCOL,
         Code.SOURCE_CHANGED,
         Code.NEEDS_XET,
+        Code.ARCHIVED,
     ),
     Exit.INTEGRITY: (
         Code.DIGEST_MISMATCH,
+        Code.NO_DIGEST,
         Code.SIZE_MISMATCH,
         Code.POINTER_FILE,
         Code.BAD_SAFETENSORS,
@@ -88,8 +93,17 @@ _BY_CAUSE: dict[Exit, tuple[Code, ...]] = {
     Exit.SPACE: (Code.TOO_LARGE, Code.FULL, Code.DISK_FULL),
     Exit.TIMEOUT: (Code.TIMEOUT,),
     Exit.DAEMON: (Code.DAEMON_UNREACHABLE, Code.STARTING, Code.STOPPING),
-    Exit.HELD: (Code.AMBIGUOUS_REVISION, Code.LEASED, Code.PINNED, Code.IN_USE, Code.ALIAS_CONFLICT),
-    Exit.DISK: (Code.DISK_IO, Code.DISK_STALLED),
+    Exit.HELD: (Code.AMBIGUOUS_REVISION, Code.LEASED, Code.PINNED, Code.IN_USE, Code.ALIAS_CONFLICT, Code.DISKS_BUSY),
+    Exit.DISK: (
+        Code.DISK_IO,
+        Code.DISK_STALLED,
+        Code.NO_STRIPE,
+        Code.DISKS_REFUSED,
+        Code.TOOL_MISSING,
+        Code.TOOL_FAILED,
+        Code.TOOL_STALLED,
+    ),
+    Exit.UNREADABLE: (Code.UNREADABLE,),
     Exit.INTERRUPTED: (Code.CANCELLED,),
 }
 EXIT_OF: dict[Code, Exit] = {code: exit_ for exit_, codes in _BY_CAUSE.items() for code in codes}
@@ -101,6 +115,7 @@ _WORST_FIRST = (
     Exit.DISK,
     Exit.INTEGRITY,
     Exit.USAGE,
+    Exit.UNREADABLE,
     Exit.NOT_FOUND,
     Exit.REFUSED,
     Exit.SPACE,

@@ -17,8 +17,10 @@ from nvcache.errors import Code
 QUICK = 0.1  # seconds between looks while something moves
 SLOW = 2.0  # and at most, while nothing does
 RESTART_PATIENCE = 60.0  # seconds a daemon that answered before may be away when no timeout bounds the wait
-AWAY = frozenset({Code.DAEMON_UNREACHABLE, Code.STARTING, Code.STOPPING, Code.TIMEOUT})
+AWAY = frozenset({Code.DAEMON_UNREACHABLE, Code.STARTING, Code.STOPPING, Code.NO_STRIPE, Code.TIMEOUT})
 ENDED = frozenset({"done", "failed", "cancelled"})
+JOB = ("id", "kind", "entry", "state", "progress", "error")  # what is needed of a job, and of a model
+MODEL = ("ref", "entry", "revision", "state", "path", "hub_cache", "hub_id", "files", "bytes", "warnings", "unproven", "note", "error")
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Task:
     hit: bool = False  # it was ready when first asked
     seconds: float = 0.0
     away_since: float | None = None
+    away_why: str = ""
     fetched_before: int = 0  # bytes, by jobs that went with a daemon's restart
 
     @property
@@ -95,6 +98,7 @@ class Follower:
         self._wait = wait
         self._timeout = timeout
         self._patience = wait_daemon
+        self._later = max(wait_daemon, RESTART_PATIENCE) if timeout is None else timeout  # once it has answered
         self._pause = pause
         self._clock = clock
         self._began = clock()
@@ -125,9 +129,9 @@ class Follower:
             if task.job is None:
                 self._answered(task, task.ask())
             else:
-                task.job = self._daemon.get(f"/v1/jobs/{task.job['id']}")
+                task.job = self._daemon.whole(self._daemon.get(f"/v1/jobs/{task.job['id']}"), *JOB)
             task.away_since = None
-            self._patience = RESTART_PATIENCE if self._timeout is None else self._timeout
+            self._patience = self._later
             if task.job is not None:
                 self._look(task, task.job)
         except Problem as problem:
@@ -138,16 +142,16 @@ class Follower:
 
     def _answered(self, task: Task, answer: Json) -> None:
         if isinstance(answer.get("job"), dict):
-            task.job = answer["job"]
+            task.job = self._daemon.whole(answer["job"], *JOB)
         else:
-            task.model, task.hit = answer, True
+            task.model, task.hit = self._daemon.whole(answer, *MODEL), True
 
     def _look(self, task: Task, job: Json) -> None:
         if job["state"] not in ENDED:
             return
         if job["state"] == "done":
-            task.model = self._daemon.get(f"/v1/models/{job['entry']}") if job["kind"] == "fill" else {}
-        elif job["error"] and job["error"]["code"] == Code.STOPPING:
+            task.model = self._daemon.whole(self._daemon.get(f"/v1/models/{job['entry']}"), *MODEL) if job["kind"] == "fill" else {}
+        elif job["error"] and job["error"]["code"] in (Code.STOPPING, Code.NO_STRIPE):
             task.forget_job()
             task.away_since = self._clock()
         else:
@@ -160,6 +164,9 @@ class Follower:
         if problem.code not in AWAY:
             task.problem = problem_of(problem)
             return
+        if problem.code == Code.NO_STRIPE:  # somebody answers: its disks are being looked at, or made anew
+            self._patience = self._later
+        task.away_why = problem.detail
         if task.away_since is None:
             task.away_since = self._clock()
         if self._clock() - task.away_since >= self._patience:
@@ -169,4 +176,5 @@ class Follower:
         for task in tasks:
             if not task.ended:
                 task.seconds = self._clock() - self._began
-                task.problem = problem_from(Code.TIMEOUT, f"cannot wait longer for {task.label}: {self._timeout:g} s are over and it is {task.state}")
+                stuck = task.state if task.away_since is None or not task.away_why else f"{task.state}: {task.away_why}"
+                task.problem = problem_from(Code.TIMEOUT, f"cannot wait longer for {task.label}: {self._timeout:g} s are over and it is {stuck}")

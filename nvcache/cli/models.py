@@ -9,7 +9,8 @@ import click
 from nvcache.cli import complete, output
 from nvcache.cli.complete import SHORT
 from nvcache.cli.daemon import Json, connected, daemon, each, failed, problem_of
-from nvcache.cli.exits import Exit
+from nvcache.cli.disks import stripe_line
+from nvcache.cli.exits import Exit, worst
 from nvcache.client import Problem
 from nvcache.errors import Code, RequestError
 
@@ -34,7 +35,7 @@ refs_argument = click.argument("refs", nargs=-1, required=True, metavar="REF..."
 @json_option
 @connected
 def ls(*, json_: bool) -> None:
-    """List the models on this node."""
+    """List the models on this node; stderr has a line for each that failed or is degraded, and why."""
     answer = daemon().get("/v1/models")
     if json_:
         output.as_json(answer)
@@ -42,13 +43,17 @@ def ls(*, json_: bool) -> None:
     if not answer["models"]:
         output.say("no models yet; `nvcache warm org/name` fetches one")
         return
-    rows = [_row(model) for model in sorted(answer["models"], key=lambda model: (model["ref"], model["revision"]))]
+    models = sorted(answer["models"], key=lambda model: (model["ref"], model["revision"]))
+    rows = [_row(model) for model in models]
     shown = list(range(len(COLUMNS)))
     if output.width() < WIDE:
         rows = [(str(row[0]).removeprefix("hf://"), *row[1:]) for row in rows]
         shown = [index for index in shown if any(str(row[index]) not in ("", "-") for row in rows)]
     names = [COLUMNS[index] for index in shown]
     output.table(names, [[row[index] for index in shown] for row in rows], right=["SIZE", "FILES", "LEASES"], whole=["REVISION", "SIZE"])
+    for model in models:
+        if model["error"]:
+            output.say(f"{model['state']}: {model['error']['detail']}")
 
 
 @click.command()
@@ -60,9 +65,7 @@ def show(ref: str, *, json_: bool) -> None:
 
     Where it is, every file with its size, its SHA-256 and what it was checked against, what was left out, warnings.
     """
-    asked = daemon()
-    entry = asked.model(ref)["entry"]
-    model = asked.get(f"/v1/models/{entry}")
+    model = daemon().on("GET", ref)
     if json_:
         output.as_json(model)
     else:
@@ -105,7 +108,7 @@ def _usable(ref: str, model: Json, *, hub: bool) -> Json:
 
 @click.command("rm")
 @refs_argument
-@click.option("--dry-run", is_flag=True, help="say what would be removed, and remove nothing")
+@click.option("--dry-run", is_flag=True, help="say what would be removed, and remove nothing; exit 10 too if it would be refused")
 @each_json_option
 @connected
 def rm(refs: tuple[str, ...], *, dry_run: bool, json_: bool) -> int:
@@ -115,13 +118,23 @@ def rm(refs: tuple[str, ...], *, dry_run: bool, json_: bool) -> int:
     """
     asked = daemon()
     if dry_run:
-        return each(refs, lambda ref: _foreseen(asked.on("GET", ref)), _would, json_=json_)
+        seen: list[Json] = []
+
+        def look(ref: str) -> Json:
+            seen.append(_foreseen(asked.on("GET", ref)))
+            return seen[-1]
+
+        return worst([each(refs, look, _would, json_=json_), *(Exit.HELD for model in seen if model["held"])])
     return each(refs, lambda ref: asked.on("DELETE", ref), lambda model: f"removed {model['entry']} {output.size(model['bytes'])}", json_=json_)
 
 
 def _foreseen(model: Json) -> Json:
     """The model, with why it would not be removed."""
-    held = [text for text, holds in (("pinned", model["pinned"]), (output.count(model["leases"], "lease"), model["leases"])) if holds]
+    held = [
+        text
+        for text, holds in (("pinned", model["pinned"]), (output.count(model["leases"], "lease"), model["leases"]), ("in use", model["in_use"]))
+        if holds
+    ]
     return {**{name: value for name, value in model.items() if name != "manifest"}, "held": held}
 
 
@@ -191,22 +204,26 @@ def jobs(*, cancel: str | None, json_: bool) -> None:
 def df(*, json_: bool) -> None:
     """Show the store's room and the biggest models."""
     asked = daemon()
+    stripe = asked.get("/v1/stripe")
     space = asked.get("/v1/space")
     models = sorted((model for model in asked.get("/v1/models")["models"] if model["state"] in HOLDS_BYTES), key=lambda model: -int(model["bytes"]))
     if json_:
-        output.as_json({**space, "models": [{name: model[name] for name in ("entry", "state", "bytes")} for model in models]})
+        output.as_json({**space, "stripe": stripe, "models": [{name: model[name] for name in ("entry", "state", "bytes")} for model in models]})
         return
     rest = space["used"] - space["quarantined"] - sum(model["bytes"] for model in models)
-    room = max(0, space["limit"] - space["used"] - space["reserved"])
+    room = max(0, min(space["limit"] - space["used"], space["free"] - space["min_free"]) - space["reserved"])
+    kept = f", {output.size(space['min_free'])} of it for others" if space["min_free"] else ""
     output.fields(
         [
             ("cache", _bar(space)),
             ("limit", output.size(space["limit"])),
             ("used", output.size(space["used"])),
             ("reserved", f"{output.size(space['reserved'])} for fills"),
-            ("free", f"{output.size(room)} in the cache, {output.size(space['free'])} of {output.size(space['total'])} on the file system"),
+            ("free", f"{output.size(room)} in the cache, {output.size(space['free'])} of {output.size(space['total'])} on the file system{kept}"),
+            ("evicts", f"above {output.size(space['high_mark'])}, down to {output.size(space['low_mark'])}"),
             *([("unfinished", f"{output.size(rest)} of fills under way or interrupted")] if rest > 0 else []),
-            *([("quarantine", output.size(space["quarantined"]))] if space["quarantined"] else []),
+            *([("quarantine", f"{output.size(space['quarantined'])} of what is used: bytes that went bad")] if space["quarantined"] else []),
+            *([("stripe", line)] if (line := stripe_line(stripe)) else []),
         ]
     )
     if models:
@@ -222,7 +239,7 @@ def _row(model: Json) -> tuple[str | Text, ...]:
         output.size(model["bytes"]),
         str(model["files"]),
         output.ago(model["checked_at"] or model["verified_at"]),
-        output.ago(model["last_used"]),
+        "in use" if model["in_use"] else output.ago(model["last_used"]),
         "pinned" if model["pinned"] else "",
         str(model["leases"] or ""),
     )
@@ -239,10 +256,12 @@ def _show(model: Json) -> None:
             ("HF_HUB_CACHE", f"{model['hub_cache']} as {model['hub_id']}" if model["hub_cache"] else "-"),
             ("size", f"{output.size(model['bytes'])} in {output.count(model['files'], 'file')}"),
             ("verified", output.moment(model["verified_at"])),
+            *([("unproven", f"{output.count(model['unproven'], 'file')}: the source publishes no digest (first-use)")] if model["unproven"] else []),
             ("re-checked", output.moment(model["checked_at"])),
             ("last used", output.moment(model["last_used"])),
             ("pinned", "yes" if model["pinned"] else "no"),
-            ("leases", str(model["leases"])),
+            ("in use", "yes, by a process of this node" if model["in_use"] else "no"),
+            *_holders(model),
             *([("note", model["note"])] if model["note"] else []),
             *([("error", model["error"]["detail"])] if model["error"] else []),
             *(_origin(manifest) if manifest else []),
@@ -262,6 +281,13 @@ def _show(model: Json) -> None:
     )
 
 
+def _holders(model: Json) -> list[tuple[str, str]]:
+    """Each lease that may be seen; pods' socket shows one's own only."""
+    told = [("leased by", f"{held['holder']} until {output.moment(held['expires'])}, {held['lease'][:12]}") for held in model["holders"]]
+    others = model["leases"] - len(told)
+    return told + ([("leases", f"{others} of others" if told else str(others))] if others > 0 or not told else [])
+
+
 def _origin(manifest: Json) -> list[tuple[str, str | Text]]:
     """Where a model came from and which part of it was taken."""
     chosen = [f"{name} {' '.join(patterns)}" for name, patterns in manifest["selection"].items() if patterns]
@@ -269,6 +295,7 @@ def _origin(manifest: Json) -> list[tuple[str, str | Text]]:
     return [
         ("asked as", manifest["asked"]),
         ("from", manifest["endpoint"]),
+        *([("copy of", f"commit {manifest['commit']}")] if manifest["commit"] else []),
         ("selection", ", ".join(chosen) or "the default set"),
         ("weights", checked),
     ]

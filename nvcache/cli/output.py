@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from unicodedata import combining, east_asian_width
 
 import click
 
@@ -33,6 +34,17 @@ STATE_STYLE = {
     "warn": "yellow",
     "unknown": "yellow",
     "evicting": "yellow",
+    "ours": "green",
+    "blank": "green",
+    "not used": "dim",
+    "refused": "bold red",
+    "unchanged": "green",
+    "mounted": "green",
+    "assembled": "green",
+    "created": "green",
+    "rebuilt": "yellow",
+    "removed": "green",
+    "wiped": "green",
 }
 BUSY_STYLE = "cyan"
 _UNSAFE = re.compile(rf"[{UNPRINTABLE}\ud800-\udfff]")  # with half surrogates, which cannot be written
@@ -82,18 +94,19 @@ def _whole(whole: int) -> str:
 
 
 def ago(moment: str | None, now: datetime | None = None) -> str:
-    """An RFC 3339 time as its age: `just now`, `5 min ago`, `3 d ago`; `-` for none."""
+    """An RFC 3339 time as seen from now: `just now`, `5 min ago`, `in 9 min`; `-` for none."""
     if not moment:
         return "-"
     seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(moment)).total_seconds()
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{int(seconds // length)} {unit} ago"
-    return "just now"
+        if abs(seconds) >= length:
+            whole = f"{int(abs(seconds) // length)} {unit}"
+            return f"{whole} ago" if seconds > 0 else f"in {whole}"
+    return "just now" if seconds > -10 else f"in {int(-seconds)} s"  # two clocks may differ a little
 
 
 def moment(text: str | None) -> str:
-    """An RFC 3339 time to the second in UTC, and its age; `-` for none."""
+    """An RFC 3339 time to the second in UTC, and how far it is from now; `-` for none."""
     if not text:
         return "-"
     return f"{datetime.fromisoformat(text).astimezone(UTC).isoformat(timespec='seconds').replace('+00:00', 'Z')} ({ago(text)})"
@@ -105,11 +118,14 @@ def percent(progress: Mapping[str, Any]) -> int:
     return int(100 * done / total) if total else 0
 
 
-def state(text: str, extra: str = "") -> Text:
-    """A state in its colour, with the progress of a fill behind it."""
+def state(text: str, extra: str = "") -> str | Text:
+    """A state, on a terminal in its colour, with the progress of a fill behind it."""
+    words = f"{text} {extra}".strip()
+    if not sys.stdout.isatty():
+        return words
     from rich.text import Text
 
-    return Text(f"{text} {extra}".strip(), style=STATE_STYLE.get(text.lower(), BUSY_STYLE))
+    return Text(words, style=STATE_STYLE.get(text.lower(), BUSY_STYLE))
 
 
 def going(progress: Mapping[str, Any] | None) -> str:
@@ -121,13 +137,32 @@ def going(progress: Mapping[str, Any] | None) -> str:
     return f"{percent(progress)}%{speed}{rest}"
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """Bytes as people write them, more than 0."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes. Fails as click does, in words."""
+        from nvcache.settings.sizes import parse_size
+
+        try:
+            size = value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if size <= 0:
+            self.fail(f"{value!r} is not more than 0", param, ctx)
+        return size
+
+
 class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A time in seconds on the command line; `above`: more than 0."""
+    """A time in seconds on the command line; `above`: more than 0; `between`: the least and the most."""
 
     name = "seconds"
 
-    def __init__(self, *, above: bool = False) -> None:
+    def __init__(self, *, above: bool = False, between: tuple[float, float] | None = None) -> None:
         self._above = above
+        self._between = between
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number. Fails as click does, in words."""
@@ -135,6 +170,8 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic in newer ve
             seconds = float(value)
         except ValueError:
             seconds = float("nan")
+        if self._between is not None and not self._between[0] <= seconds <= self._between[1]:
+            self.fail(f"{value!r} is not a number of seconds from {self._between[0]:g} to {self._between[1]:g}", param, ctx)
         if not (seconds > 0 or (seconds == 0 and not self._above)):
             self.fail(f"{value!r} is not a number of seconds{' greater than 0' if self._above else ', 0 or more'}, such as 1.5 or 600", param, ctx)
         return seconds
@@ -150,11 +187,14 @@ def console(*, stderr: bool = False) -> Console:
 
 def width() -> int:
     """Columns of stdout; plenty when nobody looks."""
-    return console().width
+    return console().width if sys.stdout.isatty() else PIPE_WIDTH
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Iterable[str] = (), whole: Iterable[str] = ()) -> None:
     """A borderless table on stdout; columns named in `right` hold numbers, those in `whole` are never wrapped."""
+    if not sys.stdout.isatty():
+        _aligned([tuple(columns), *(tuple(visible(str(cell)) for cell in row) for row in rows)], [name in frozenset(right) for name in columns])
+        return
     from rich.table import Table
     from rich.text import Text
 
@@ -165,6 +205,20 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right
     for row in rows:
         drawn.add_row(*(cell if isinstance(cell, Text) else Text(visible(cell)) for cell in row))
     _print(drawn)
+
+
+def _aligned(lines: Sequence[Sequence[str]], flush: Sequence[bool]) -> None:
+    """Lines of cells in a pipe, columns two blanks apart, those of `flush` to the right: what rich would draw, of a thousand rows at once."""
+    widths = [max(map(_columns, cells)) for cells in zip(*lines, strict=True)]
+    for line in lines:
+        gaps = (" " * (width - _columns(cell)) for width, cell in zip(widths, line, strict=True))
+        cells = (gap + cell if right else cell + gap for right, gap, cell in zip(flush, gaps, line, strict=True))
+        sys.stdout.write(f"{'  '.join(cells).rstrip()}\n")
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal the text takes: letters of East Asia take two, what combines with the one before none (Unicode annex 11)."""
+    return len(text) if text.isascii() else sum(0 if combining(each) else 2 if east_asian_width(each) in "WF" else 1 for each in text)
 
 
 def fields(pairs: Iterable[tuple[str, str | Text]]) -> None:
@@ -209,5 +263,10 @@ def _lines(text: str) -> str:
 def complain(detail: str, hint: str | None) -> None:
     """An error as every command shows it: what could not be done and why, then what to do."""
     say(detail)
+    advise(hint)
+
+
+def advise(hint: str | None) -> None:
+    """What to do about it, on stderr, if that is known."""
     if hint:
         click.echo(f"hint: {hint}", err=True)

@@ -45,6 +45,23 @@ class Lines:
                 self._write(f"{task.label}: {_line(task)}")
 
 
+class Amount:
+    """A line every few seconds about bytes that get done: how many of how many, how fast, how long still."""
+
+    def __init__(self, label: str, doing: str, write: Callable[[str], None] = output.say, clock: Callable[[], float] = time.monotonic) -> None:
+        self._label, self._doing, self._write, self._clock = label, doing, write, clock
+        self._began = self._at = clock()
+
+    def update(self, done: int, total: int) -> None:
+        """Write what is due."""
+        now = self._clock()
+        if now - self._at >= LINE_EVERY:
+            self._at = now
+            rate = done / (now - self._began)
+            going = output.going({"bytes_total": total, "bytes_done": done, "rate": rate, "eta_s": (total - done) / rate if rate else None})
+            self._write(f"{self._label}: {self._doing} {output.size(done)} of {output.size(total)}, {going}")
+
+
 class Bars:
     """One bar a job: bytes, rate, time left, state."""
 
@@ -106,7 +123,9 @@ def _line(task: Task) -> str:
         if task.problem is not None:
             return task.state
         return f"{task.state}{' already' if task.hit else ''}, {output.size(task.fetched)} fetched in {output.duration(task.seconds)}"
-    if progress is None or task.away_since is not None:
+    if task.away_since is not None:
+        return f"{task.state}: {task.away_why}" if task.away_why else task.state
+    if progress is None:
         return task.state
     files = f"{progress['files_done']}/{output.count(progress['files_total'], 'file')}"
     return f"{task.state} {output.size(progress['bytes_done'])} of {output.size(progress['bytes_total'])}, {files}, {output.going(progress)}"

@@ -8,15 +8,14 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import os
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
-from nvcache.client.leases import Lease
+from nvcache.client.leases import Lease, default_holder
 from nvcache.client.model import Model
 from nvcache.client.transport import ANSWER_SECONDS, Problem, Transport
 
@@ -26,6 +25,7 @@ LONGEST_PAUSE = 1.0
 HEARTBEAT_SECONDS = 10.0  # the daemon's promise for event streams
 DAEMON_SECONDS = 10.0  # how long one that never answered is waited for
 AWAY_SECONDS = 60.0  # how long a wait outlasts a daemon that is being restarted
+RETURNING = frozenset({"starting", "stopping", "no-stripe"})  # a daemon that says so will be asked again
 log = logging.getLogger(__name__)
 
 
@@ -57,9 +57,12 @@ class Client:
         except Problem as problem:
             log.warning("%s is not taken from the cache: %s", ref, problem)
             return default
-        if found.ready:
+        if not found.ready:
+            log.warning("%s is not taken from the cache: it is %s", ref, found.state)
+        elif not Path(str(found.path)).is_dir():
+            log.warning("%s is not taken from the cache: %s is not here; mount the store's folder at the same path", ref, found.path)
+        else:
             return found.path
-        log.warning("%s is not taken from the cache: it is %s", ref, found.state)
         return default
 
     def ensure(
@@ -88,28 +91,40 @@ class Client:
                 return job
             self._follow(answer["job"], pause, on_progress)
 
-    def lease(self, ref: str, *, holder: str | None = None, ttl: float | None = None) -> Lease:
+    def lease(self, ref: str, *, holder: str | None = None, ttl: float | None = None, adopt: bool = False) -> Lease:
         """Hold a ready model while loading it: `with client.lease(ref) as lease: load(lease.path)`.
 
-        It is taken on entering and renewed every third of `ttl` seconds (None: the daemon's default). Raises `Problem`: the daemon has no such model.
+        It is taken on entering and renewed every third of `ttl` seconds (None: the daemon's default). `holder` names who has it (None:
+        `NVCACHE_HOLDER`, the pod, or this process); with `adopt` a live lease of the same holder is taken over. Raises `Problem`: the daemon has no
+        such model.
         """
-        return Lease(self._transport, self._entry(ref), f"{socket.gethostname()}:{os.getpid()}" if holder is None else holder, ttl)
+        return self.lease_of(self._entry(ref), holder=holder, ttl=ttl, adopt=adopt)
+
+    def lease_of(self, entry: str, *, holder: str | None = None, ttl: float | None = None, adopt: bool = False) -> Lease:
+        """`lease` of an entry or a slug as the daemon writes them; asks nothing before it is taken."""
+        return Lease(self._transport, entry, default_holder() if holder is None else holder, ttl, adopt=adopt)
 
     def events(self, entry: str) -> Iterator[Model]:
         """The model now and at every change, until it is ready, failed or gone, or the daemon stops.
 
-        Raises `Problem` when the daemon cannot be asked or goes silent. Ask again after an end that was not the one waited for;
-        asking `model` now and then does as well.
+        Raises `Problem` when the daemon cannot be asked or goes silent, and no-stripe when the node's disks go away. Ask again after an end that was
+        not the one waited for; asking `model` now and then does as well.
         """
         path = f"/v1/models/{quote(entry, safe='@')}/events"
         connection = self._transport.open("GET", path, timeout=3 * HEARTBEAT_SECONDS, headers={"Accept": "text/event-stream"})
         try:
-            response = connection.getresponse()
-            if response.status >= 400:
-                raise Problem.of(json.loads(response.read()), response.status)
-            for line in response:
-                if line.startswith(b"data: "):
-                    yield Model.of(json.loads(line[6:]))
+            with connection.getresponse() as response:  # it holds the socket: the connection's own close is not enough
+                if response.status >= 400:
+                    raise Problem.of(json.loads(response.read()), response.status)
+                kind = b""
+                for line in response:
+                    if line.startswith(b"event: "):
+                        kind = line[7:].strip()
+                    elif line.startswith(b"data: "):
+                        document = json.loads(line[6:])
+                        if kind == b"problem":
+                            raise Problem.of(document)
+                        yield Model.of(document)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Problem("daemon-unreachable", f"cannot follow {entry} at {self.url}: {error}", retryable=True) from error
         finally:
@@ -165,8 +180,8 @@ class _Pause:
             try:
                 answer = ask()
             except Problem as problem:
-                self._met = self._met or problem.code in ("starting", "stopping")
-                if problem.code not in ("daemon-unreachable", "starting", "stopping", "timeout"):
+                self._met = self._met or problem.code in RETURNING
+                if problem.code not in RETURNING and problem.code not in ("daemon-unreachable", "timeout"):
                     raise
                 unmet = None if self._met else self._unreachable(problem)
                 if monotonic() - began >= (AWAY_SECONDS if self._met else self._patience):

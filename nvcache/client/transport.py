@@ -7,6 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ class Problem(Exception):  # noqa: N818 - the name of the document it carries (R
     @classmethod
     def of(cls, document: Mapping[str, Any], status: int = 0) -> Problem:
         """The problem that a document tells of; what is missing from it stays empty."""
+        told = document.get("status")
         return cls(
             code=str(document.get("code", "internal")),
             detail=str(document.get("detail", f"cannot do it: HTTP status {status}")),
-            status=int(document.get("status", status)),
+            status=told if isinstance(told, int) else status,
             hint=str(document.get("hint", "")),
             retryable=bool(document.get("retryable", False)),
             document=document,
@@ -74,8 +76,8 @@ class Transport:
         """Ask once. Returns the answer's object, empty for 204. Raises `Problem`; `timeout` is seconds without a byte once connected."""
         connection = self.open(method, path, body, timeout=timeout)
         try:
-            response = connection.getresponse()
-            data = response.read()
+            with connection.getresponse() as response:
+                data = response.read()
         except TimeoutError as error:
             raise Problem("timeout", f"cannot {method} {path}: no answer from {self.url} within {timeout:g} s", retryable=True) from error
         except (OSError, http.client.HTTPException) as error:
@@ -119,7 +121,7 @@ class Transport:
     def _object(self, data: bytes) -> dict[str, Any]:
         try:
             found = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # ten thousand brackets are a recursion
             raise self._unreachable(error) from error
         if not isinstance(found, dict):
             raise self._unreachable(ValueError("the answer is not a JSON object"))
@@ -127,10 +129,26 @@ class Transport:
 
     def _unreachable(self, error: Exception) -> Problem:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        hint = "start one with `nvcache serve`, or name its socket with NVCACHE_SOCKET"
-        if isinstance(error, PermissionError):
-            hint = "you may not connect: join the socket's group, or run as its owner"
+        hint = _remedy(Path(self._socket), error) if self._socket else "start one with `nvcache serve`, or correct NVCACHE_URL"
         return Problem("daemon-unreachable", f"cannot reach the nvcache daemon at {self.url}: {why}", hint=hint, retryable=True)
+
+
+def _remedy(path: Path, error: Exception) -> str:
+    """What to do about a socket that cannot be used, by what can be seen of it from here."""
+    with suppress(OSError):  # what cannot be looked at may well be one
+        if path.exists() and not path.is_socket():
+            return "that is no socket: name the daemon's with NVCACHE_SOCKET, the file and not its directory"
+    if isinstance(error, PermissionError):
+        with suppress(OSError):  # the directory can be looked at when what is in it cannot
+            group = path.parent.stat().st_gid
+            return f"you may not connect: join the socket's group (gid {group}; a pod by `supplementalGroups: [{group}]`), or run as its owner"
+        return "you may not connect: join the socket's group, or run as its owner"
+    if isinstance(error, ConnectionRefusedError):
+        return "the daemon that left this socket has ended; look at its log, or start one with `nvcache serve`"
+    with suppress(OSError):
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            return f"{path.parent} is not here: in a container mount the directory of the daemon's socket; or name its socket with NVCACHE_SOCKET"
+    return "start one with `nvcache serve`, or name its socket with NVCACHE_SOCKET"
 
 
 def default_url() -> str:
@@ -140,7 +158,8 @@ def default_url() -> str:
     if os.environ.get("NVCACHE_SOCKET"):
         return f"unix://{Path(os.environ['NVCACHE_SOCKET']).absolute()}"
     uid = os.getuid()
-    own = (f"/run/user/{uid}/nvcache/nvcache.sock", f"/tmp/nvcache-{uid}/nvcache/nvcache.sock")  # noqa: S108 - the daemon checks its owner
+    runtime = (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{uid}", f"/tmp/nvcache-{uid}")  # noqa: S108 - the daemon checks its owner
+    own = (f"{directory}/nvcache/nvcache.sock" for directory in runtime if directory)
     return f"unix://{next((path for path in own if _is_mine(path, uid)), SYSTEM_SOCKET)}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nvcache.core.digest import Digest
 from nvcache.core.names import check_names
-from nvcache.core.records import count, flag, reading, record, sha256, text, texts
+from nvcache.core.records import commit, count, flag, reading, record, sha256, text, texts
 from nvcache.core.ref import EntryId, Ref, parse_pinned
 
 FORMAT = 1
@@ -60,6 +60,7 @@ class File:
     check: Check
     source: Digest | None = None  # what the source published, where it did
     chunks: bytes = b""
+    token: str | None = None  # the source's name for exactly these bytes, where no digest of theirs is one (`core.plan.RemoteFile`)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], chunk_size: int) -> File:
@@ -71,6 +72,7 @@ class File:
             check=Check(raw["check"]),
             source=None if raw["source"] is None else Digest.parse(text(raw["source"])),
             chunks=base64.b64decode(text(raw["chunks"]), validate=True),
+            token=None if raw.get("token") is None else text(raw["token"]),
         )
         if len(file.chunks) != chunk_count(file.size, chunk_size) * DIGEST_BYTES:
             raise ValueError(f"{file.path!r} has not one digest for each chunk")
@@ -104,6 +106,7 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     parsed: bool = True
     chunk_size: int = CHUNK
+    commit: str | None = None  # the Hub's, where a mirror of a Hub model says so: the entry's name in a HuggingFace view
 
     @cached_property
     def id(self) -> EntryId:
@@ -120,6 +123,11 @@ class Manifest:
         """SHA-256 → size of every distinct blob."""
         return {file.sha256: file.size for file in self.files}
 
+    @cached_property
+    def unproven(self) -> int:
+        """How many files were accepted without a digest of their source."""
+        return sum(file.check is Check.FIRST_USE for file in self.files)
+
     @property
     def size(self) -> int:
         """The sum of the files' sizes in bytes; equal files count each time, as a pod sees them."""
@@ -131,6 +139,7 @@ class Manifest:
             {
                 "format": FORMAT,
                 "ref": str(self.ref),
+                "commit": self.commit,
                 "asked": self.asked,
                 "endpoint": self.endpoint,
                 "selection": self.selection.to_dict(),
@@ -149,6 +158,7 @@ class Manifest:
                         "check": f.check,
                         "source": str(f.source) if f.source else None,
                         "chunks": base64.b64encode(f.chunks).decode(),
+                        **({"token": f.token} if f.token else {}),
                     }
                     for f in self.files
                 ],
@@ -171,6 +181,7 @@ class Manifest:
                 chunk_size=chunk_size,
                 verified_at=text(raw["verified_at"]),
                 version=text(raw["nvcache"]),
+                commit=commit(raw.get("commit")),  # older manifests have none
                 warnings=texts(raw["warnings"]),
                 left_out=tuple(LeftOut(text(path), count(size)) for path, size in raw["left_out"]),
                 files=tuple(File.from_dict(file, chunk_size) for file in raw["files"]),

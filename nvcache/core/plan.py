@@ -10,26 +10,27 @@ from enum import IntEnum
 from nvcache.core.digest import Algorithm, Digest
 from nvcache.core.manifest import LeftOut, Selection
 from nvcache.core.names import check_names
-from nvcache.core.records import count, flag, moment, reading, record, text, texts
+from nvcache.core.records import commit, count, flag, moment, reading, record, text, texts
 from nvcache.core.ref import EntryId, Ref, parse_pinned
 
 FORMAT = 1
 
 
 class Priority(IntEnum):
-    """Who waits: a pod before what is declared before what is merely mended."""
+    """Who waits: a pod before what is declared before what is merely mended before what is only read to see whether it is still right."""
 
     DEMAND = 0
     DECLARED = 1
     REPAIR = 2
+    SCRUB = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
     """One file as the source lists it.
 
-    `token` names exactly these bytes at the source (Hub: the LFS SHA-256 or the git blob id; directory: place, inode and times), never the commit,
-    so that two revisions share one ingest. `digest` is what the source publishes of the content, or None.
+    `token` names exactly these bytes at the source (Hub: the LFS SHA-256 or the git blob id; directory: place, inode and times; blobs: place, version
+    and ETag), never the commit, so that two revisions share one ingest. `digest` is what the source publishes of the content, or None.
     """
 
     path: str
@@ -37,6 +38,11 @@ class RemoteFile:
     token: str
     digest: Digest | None = None
     xet: str | None = None  # Xet hash, where the source stores the file so
+
+    @property
+    def identified(self) -> bool:
+        """Whether the digest names the content wherever it is; an MD5 does not."""
+        return self.digest is not None and self.digest.algorithm is not Algorithm.MD5
 
     @property
     def sha256(self) -> str | None:
@@ -72,6 +78,7 @@ class FillPlan:
     left_out: tuple[LeftOut, ...] = ()
     names: tuple[str, ...] = ()
     alias: str | None = None
+    commit: str | None = None  # of the Hub, where a mirror says which one it is a copy of
     pin: bool = False
     priority: Priority = Priority.DEMAND
     resolved_at: float = 0.0  # unix seconds: which of two fills may take a moving name
@@ -102,6 +109,7 @@ class FillPlan:
                 "left_out": [[f.path, f.size] for f in self.left_out],
                 "names": self.names,
                 "alias": self.alias,
+                "commit": self.commit,
                 "pin": self.pin,
                 "priority": int(self.priority),
                 "resolved_at": self.resolved_at,
@@ -122,6 +130,7 @@ class FillPlan:
                 left_out=tuple(LeftOut(text(path), count(size)) for path, size in raw["left_out"]),
                 names=texts(raw["names"]),
                 alias=None if raw["alias"] is None else text(raw["alias"]),
+                commit=commit(raw.get("commit")),  # older plans have none
                 pin=flag(raw["pin"]),
                 priority=Priority(raw["priority"]),
                 resolved_at=moment(raw["resolved_at"]),

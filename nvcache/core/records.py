@@ -11,6 +11,7 @@ from typing import Any
 from nvcache.errors import Code, IntegrityError, RequestError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @contextmanager
@@ -73,4 +74,13 @@ def sha256(value: object) -> str:
     """64 hex digits in lower case, safe as a file name, or TypeError, ValueError."""
     if not _SHA256.fullmatch(text(value)):
         raise ValueError(f"{value!r:.80} is not a SHA-256")
+    return text(value)
+
+
+def commit(value: object) -> str | None:
+    """A commit of the Hub, in hex, or None. Raises TypeError, ValueError."""
+    if value is None:
+        return None
+    if not _COMMIT.fullmatch(text(value)):
+        raise ValueError(f"{value!r:.80} is no commit")
     return text(value)

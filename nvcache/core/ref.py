@@ -3,9 +3,13 @@
 Grammar::
 
     hf://[org/]name[@revision]   org/name[@revision]   file:///absolute/dir[@<64 hex>]
+    az://account/container[/prefix][@<64 hex>|@<time>]
+    https://account.blob.core.windows.net/container[/prefix][@…]     the same; other hosts (sovereign clouds, custom domains) keep this form
+    http://127.0.0.1:10000/account/container[/prefix][@…]            an address, localhost or a port: the account is in the path (an emulator)
     <slug>                       <slug>@<revision>     an entry of the store
 
-For what is in the store, the first 7 to 39 digits of a revision name it as well, as `nvcache ls` shows them.
+`<time>` (RFC 3339, UTC) means the blobs as they were then, by version or snapshot. For what is in the store, the first 7 to 39 digits of a revision
+name it as well, as `nvcache ls` shows them.
 
 The Hub's rules for repository ids (ASCII letters, digits, `_ . -`, 96 characters a part, never `--` or `..`, not ending in `.git`) make `/` → `--`
 injective; any other location is escaped so that `--` only ever separates parts.
@@ -14,12 +18,14 @@ injective; any other location is escaped so that `--` only ever separates parts.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from nvcache.errors import Code, RequestError
+from nvcache.logs import mask
 
 SLUG_LIMIT = 180  # <slug>@<64 hex>.json is a file name: 255 bytes at most
 _HF_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
@@ -28,6 +34,12 @@ _SHORT = re.compile(r"[0-9a-f]{7,39}")
 _REVISION = re.compile(r"[A-Za-z0-9_.+=/-]{1,200}")
 _SLUG = re.compile(r"[a-z]+--[A-Za-z0-9_.=-]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
+_CONTAINER = re.compile(r"[a-z0-9](?:-?[a-z0-9]){2,62}|\$root|\$web")
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,7})?Z")
+_HOST = re.compile(r"[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?(?:\.[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?)*")
+_PORTS = {"http": 80, "https": 443}
+_PUBLIC = ".blob.core.windows.net"
 _SAFE = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-")
 
 
@@ -36,11 +48,15 @@ class Scheme(StrEnum):
 
     HF = "hf"
     FILE = "file"
+    AZ = "az"
 
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A model at a source. `location` is `org/name` or an absolute path; `revision` is None for the source's default."""
+    """A model at a source; `revision` is None for the source's default.
+
+    `location` is `org/name`, an absolute path, or for blobs `account/container[/prefix]` or, at another host than public Azure's, their whole URL.
+    """
 
     scheme: Scheme
     location: str
@@ -52,7 +68,8 @@ class Ref:
     @property
     def base(self) -> str:
         """The canonical form without a revision."""
-        return f"{self.scheme}://{quote(self.location, safe='/:+,~')}"
+        location = quote(self.location, safe="/:+,~$[]")
+        return location if self.scheme is Scheme.AZ and "://" in self.location else f"{self.scheme}://{location}"
 
     @property
     def slug(self) -> str:
@@ -106,6 +123,11 @@ def is_short(text: str) -> bool:
     return _SHORT.fullmatch(text) is not None
 
 
+def is_moment(text: str) -> bool:
+    """Whether `text` is a time as Azure names versions and snapshots: RFC 3339 in UTC, up to seven decimals."""
+    return _MOMENT.fullmatch(text) is not None
+
+
 def shortened(name: Ref | SlugName) -> tuple[str, str] | None:
     """Slug and first digits of the revision, where `name` may be read that way: also a directory's `@<digits>`, which could be part of its path."""
     if name.revision is not None:
@@ -133,6 +155,10 @@ def parse_ref(text: str) -> Ref:
             return _parse_hf(text, rest)
         case "file":
             return _parse_file(text, rest)
+        case "az":
+            return _parse_blobs(text, rest)
+        case "http" | "https":
+            return _parse_url(text)
         case _:
             raise _bad(text, f"unknown scheme {scheme!r} at position 0")
 
@@ -163,6 +189,15 @@ def parse_name(text: str) -> Ref | SlugName:
             raise _bad(text, f"the part after '@' at position {len(head)} is no revision, nor the first 7 digits or more of one")
         return SlugName(head, revision or None)
     return parse_ref(text)
+
+
+def shown(text: str) -> str:
+    """What a caller named a model by, for people and logs: as it was typed, or without what may be a secret where it is no reference."""
+    try:
+        parse_name(text)
+    except RequestError:
+        return mask(re.sub(r"(?s)([?#]).+", r"\1…", text))[:200]
+    return text
 
 
 def parse_entry(text: str) -> EntryId:
@@ -209,6 +244,100 @@ def _parse_file(text: str, rest: str) -> Ref:
     return Ref(Scheme.FILE, "/" + "/".join(parts), revision)
 
 
+def _parse_blobs(text: str, rest: str) -> Ref:
+    """`account/container[/prefix][@revision]`."""
+    path, revision = _blob_parts(text, rest)
+    if len(path) < 2:
+        raise _bad(text, "blobs are named az://account/container[/prefix]")
+    if not _ACCOUNT.fullmatch(path[0]):
+        raise _bad(text, f"{path[0]!r} is no storage account (3 to 24 lower-case letters and digits)")
+    _check_container(text, path[1])
+    return Ref(Scheme.AZ, "/".join(path), revision)
+
+
+def _parse_url(text: str) -> Ref:
+    """The URL of blobs. Where the host is an address, `localhost` or has a port, the account is the first part of the path."""
+    try:
+        url = urlsplit(text)
+        port = None if url.port == _PORTS[url.scheme] else url.port
+        host = (url.hostname or "").lower()
+    except ValueError:
+        raise _bad(text, "it is no URL") from None
+    if "@" in url.netloc:
+        raise _bad("the URL", "it has a user name or a password")
+    if not is_host(host):
+        raise _bad(text, f"{host[:80]!r} is no host name or address (others: their IDNA form)" if host else "the URL has no host")
+    if host in ("huggingface.co", "hf.co"):
+        raise _bad(text, "a Hub model is written org/name")
+    path, revision = _blob_parts(text, text.partition("://")[2].partition("/")[2])
+    inside = _account_in_path(host, port)
+    if len(path) < 1 + inside:
+        raise _bad(text, f"the URL of blobs has the form {url.scheme}://{url.netloc}/{'account/' if inside else ''}container[/prefix]")
+    _check_container(text, path[inside])
+    account = host.removesuffix(_PUBLIC)
+    if url.scheme == "https" and not inside and account != host and _ACCOUNT.fullmatch(account):
+        return Ref(Scheme.AZ, "/".join([account, *path]), revision)
+    return Ref(Scheme.AZ, f"{url.scheme}://{_authority(host, port)}/{'/'.join(path)}", revision)
+
+
+def is_host(text: str) -> bool:
+    """Whether `text` (in lower case) is an address or a plain host name: one that every library that takes URLs apart reads alike."""
+    return _HOST.fullmatch(text) is not None or (":" in text and "%" not in text and _is_address(text))
+
+
+def blobs_of(ref: Ref) -> tuple[str | None, str, str, str]:
+    """Endpoint (None: the account's own, as configured), account, container and prefix (no slash at its ends) of an az reference."""
+    if "://" not in ref.location:
+        account, container, *rest = ref.location.split("/")
+        return None, account, container, "/".join(rest)
+    scheme, _, _, *path = ref.location.split("/")
+    url = urlsplit(ref.location)
+    host = url.hostname or ""
+    if _account_in_path(host, url.port):
+        account, container, *rest = path
+        return f"{scheme}//{url.netloc}/{account}", account, container, "/".join(rest)
+    return f"{scheme}//{url.netloc}", host.partition(".")[0], path[0], "/".join(path[1:])
+
+
+def _account_in_path(host: str, port: int | None) -> bool:
+    return host == "localhost" or port is not None or _is_address(host)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _authority(host: str, port: int | None) -> str:
+    host = f"[{host}]" if ":" in host else host
+    return host if port is None else f"{host}:{port}"
+
+
+def _blob_parts(text: str, rest: str) -> tuple[list[str], str | None]:
+    """Path parts (unquoted) and revision. Blob names are free text; what a store could not hold is refused here."""
+    if "?" in rest or "#" in rest:
+        raise _bad(text, "it has a '?' or '#': in a name they are written %3F and %23; a SAS belongs into a file (az_sas_file), not into a name")
+    head, at, tail = rest.rpartition("@")
+    revision = tail if at and (is_commit(tail) or is_short(tail) or is_moment(tail)) else None
+    if at and revision is None:
+        raise _bad(text, f"{mask(tail)[:80]!r} is no revision of blobs: 64 hex digits, or a time such as 2026-01-31T12:00:00Z; '@' in a name is %40")
+    path = unquote(head if at else rest)
+    if _CONTROL.search(path):
+        raise _bad(text, "a name has a control character")
+    parts = path.strip("/").split("/") if path.strip("/") else []
+    if any(part in ("", ".", "..") for part in parts):
+        raise _bad(text, "the prefix has an empty, '.' or '..' part")
+    return parts, revision
+
+
+def _check_container(text: str, container: str) -> None:
+    if not _CONTAINER.fullmatch(container):
+        raise _bad(text, f"{container[:80]!r} is no container (3 to 63 lower-case letters, digits and single dashes)")
+
+
 def _check_revision(text: str, revision: str) -> None:
     where = f"the revision at position {text.find('@') + 1}"
     if not revision:
@@ -228,4 +357,8 @@ def _escape(part: str) -> str:
 
 
 def _bad(text: str, why: str) -> RequestError:
-    return RequestError(Code.BAD_REFERENCE, f"cannot read model reference {text[:200]!r}: {why}")
+    return RequestError(Code.BAD_REFERENCE, f"cannot read model reference {_cut(text)!r}: {why}")
+
+
+def _cut(text: str) -> str:
+    return mask(re.split(r"[?#]", text, maxsplit=1)[0])[:200]  # what follows may be a signature

@@ -36,7 +36,7 @@ def asked_to_wait(headers: Mapping[str, str], now: float) -> float | None:
     `now` (unix seconds) is what an HTTP date is compared with where the server does not tell its own time in `Date`.
     """
     found = {name.lower(): value for name, value in headers.items()}
-    sent = _http_date(found.get("date"))
+    sent = http_date(found.get("date"))
     waits = [retry_after(found.get("retry-after"), now if sent is None else sent), rate_limit(found.get("ratelimit"), found.get("ratelimit-policy"))]
     return max((wait for wait in waits if wait is not None), default=None)
 
@@ -46,7 +46,7 @@ def retry_after(value: str | None, now: float) -> float | None:
     text = (value or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
-    until = _http_date(text)
+    until = http_date(text)
     return None if until is None else max(0.0, until - now)
 
 
@@ -64,13 +64,14 @@ def rate_limit(limit: str | None, policy: str | None = None) -> float | None:
     return max(waits, default=None)
 
 
-def backoff(failures: int, fraction: float) -> float:
-    """Seconds to wait after `failures` (≥ 1) fruitless tries: 0.5 s doubling up to 30 s; `fraction` (0…1, random) takes up to half of it off."""
-    full = min(LAST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 10))
+def backoff(failures: int, fraction: float, most: float = LAST_BACKOFF_S) -> float:
+    """Seconds to wait after `failures` (≥ 1) fruitless tries: 0.5 s doubling up to `most`; `fraction` (0…1, random) takes up to half of it off."""
+    full = min(most, FIRST_BACKOFF_S * 2.0 ** min(failures - 1, 10))
     return full * (1 - fraction / 2)
 
 
-def _http_date(value: str | None) -> float | None:
+def http_date(value: str | None) -> float | None:
+    """The date of a header (RFC 9110 §5.6.7) as unix seconds, or None if it is none."""
     try:
         return parsedate_to_datetime(value or "").timestamp()
     except (ValueError, OverflowError):

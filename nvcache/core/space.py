@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nvcache.core.evict import Eviction
 from nvcache.errors import Code, SpaceError
 
+SHOWN = 3  # models that an error names
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
@@ -30,6 +32,11 @@ class Room:
     def capacity(self) -> int:
         """The most the store could hold if it were empty: its limit, or what the disk can give."""
         return max(0, min(self.limit, self.free + self.used - self.min_free))
+
+    @property
+    def disk_is_short(self) -> bool:
+        """Whether it is the disk, not the limit, that leaves no more room: there, bytes that a process has open are free only when it closes them."""
+        return self.free - self.min_free < self.limit - self.used
 
     @property
     def available(self) -> int:
@@ -62,6 +69,22 @@ def admit(room: Room, need: int, *, what: str) -> None:
         why = f"it needs {amount(need)}, {amount(room.available)} are available (used {amount(room.used)}, promised {amount(room.reserved)}"
         why += f", limit {amount(room.limit)}, free on the disk {amount(room.free)})"
         raise SpaceError(Code.FULL, f"cannot make room for {what} just now: {why}", facts=facts)
+
+
+def shortfall(error: SpaceError) -> int:
+    """The bytes that `admit` was short of, from its error (full)."""
+    return int(str(error.facts["need_bytes"])) - int(str(error.facts["available_bytes"]))
+
+
+def in_the_way(error: SpaceError, plan: Eviction, *, names: bool = False) -> SpaceError:
+    """The same error, with what eviction could free and which models are held, and why; with `names` by whom, for nobody but an operator."""
+    whys = [(each, each.named if names else each.held) for each in plan.in_the_way]
+    held = [{"entry": each.entry, "bytes": each.size, "held": list(why)} for each, why in whys]
+    why = f"; evicting everything that is not held would free {human(plan.freed)}"
+    if held:
+        some = ", ".join(f"{each.entry} ({human(each.size)}: {', '.join(why)})" for each, why in whys[:SHOWN])
+        why += f"; held are {some}" + (f" and {len(held) - SHOWN} more" if len(held) > SHOWN else "")
+    return SpaceError(error.code, f"{error}{why}", hint=error.hint, facts={**error.facts, "evictable_bytes": plan.freed, "in_the_way": held})
 
 
 def human(size: float) -> str:

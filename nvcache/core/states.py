@@ -40,7 +40,7 @@ _ENDS = frozenset({JobState.DONE, JobState.FAILED, JobState.CANCELLED})
 JOB_MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.QUEUED: frozenset({JobState.RESOLVING, JobState.FETCHING, JobState.VERIFYING}) | _ENDS,
     JobState.RESOLVING: frozenset({JobState.QUEUED, JobState.FETCHING, JobState.VERIFYING}) | _ENDS,
-    JobState.FETCHING: frozenset({JobState.VERIFYING, JobState.QUEUED}) | _ENDS,
+    JobState.FETCHING: frozenset({JobState.VERIFYING, JobState.QUEUED, JobState.RESOLVING}) | _ENDS,  # resolving: the source changed
     JobState.VERIFYING: frozenset({JobState.FETCHING}) | _ENDS,
     JobState.DONE: frozenset(),
     JobState.FAILED: frozenset(),

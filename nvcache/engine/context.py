@@ -6,19 +6,29 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 from nvcache.core.ref import EntryId, Scheme
 from nvcache.engine.blocking import DaemonExecutor
+from nvcache.engine.declared import Declared
+from nvcache.engine.kaito import Kaito
 from nvcache.engine.ledger import Ledger
-from nvcache.engine.shelf import Shelf
+from nvcache.engine.reads import Reads
+from nvcache.engine.rescue import Rescue
+from nvcache.engine.shelf import Entry, Shelf
 from nvcache.engine.status import Counters
+from nvcache.engine.timeline import Timeline
 from nvcache.engine.workers import Workers
+from nvcache.errors import NvcacheError, SourceError
 from nvcache.sources.base import Source
 from nvcache.store.blobs import Blobs
-from nvcache.store.catalog import Catalog
+from nvcache.store.catalog import Catalog, EntryState
 from nvcache.store.layout import Layout
 from nvcache.store.receipts import read_receipt, receipt_keys
 from nvcache.store.views import Views
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Locks:
@@ -39,6 +49,10 @@ class Locks:
         except asyncio.CancelledError:
             self._leave(name)
             raise
+
+    def held(self, name: object) -> bool:
+        """Whether somebody has or awaits the lock `name`."""
+        return name in self._locks
 
     def release(self, name: object) -> None:
         """Give the lock `name` back."""
@@ -66,7 +80,11 @@ class _Held(AbstractAsyncContextManager[None]):
 
 @dataclass
 class Context:
-    """Everything a fill, a repair or a look-up needs. `entry_locks` serialise what changes one entry, `key_locks` what makes one blob."""
+    """Everything a fill, a repair or a look-up needs. `entry_locks` serialise what changes one entry, `key_locks` what makes one blob.
+
+    `state_locks` serialise what is decided of one entry, from reading its state to having written the next: they are taken after an entry's lock and
+    before that of a Hub name, and held for no longer than that.
+    """
 
     layout: Layout
     blobs: Blobs
@@ -74,15 +92,38 @@ class Context:
     catalog: Catalog
     ledger: Ledger
     workers: Workers
+    rescue: Rescue
+    kaito: Kaito
+    declared: Declared
+    timeline: Timeline
     sources: Mapping[Scheme, Source]
     disk: DaemonExecutor  # short file work
     net: DaemonExecutor  # resolving and listing
     version: str
     changed: Callable[[EntryId], None]  # an entry's state changed: tell the watchers
+    doubt: Callable[[NvcacheError], None]  # something failed: if it was the disk, whoever keeps the disks should look
     shelf: Shelf = field(default_factory=Shelf)
     counters: Counters = field(default_factory=Counters)
     entry_locks: Locks = field(default_factory=Locks)
     key_locks: Locks = field(default_factory=Locks)
+    state_locks: Locks = field(default_factory=Locks)
+    reads: Reads = field(default_factory=Reads)
+
+    async def ask(self, scheme: Scheme, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a source answers; its failures are counted."""
+        try:
+            return await self.net.call(call, *args, **kwargs)
+        except SourceError as error:
+            self.counters.source_failed(str(scheme), str(error.code))
+            raise
+
+    async def decide(self, entry: Entry, change: Callable[[EntryState], EntryState]) -> None:
+        """Remember of an entry what `change` makes of its state; of one that is gone, nothing. Raises `SpaceError`, `DiskError`."""
+        async with self.state_locks(entry.id):
+            state = change(entry.state)
+            if state != entry.state and not entry.removing and self.shelf.entries.get(entry.id) is entry:
+                await self.disk.call(self.catalog.write_state, entry.id, state)
+                entry.state = state
 
     def receipted(self) -> set[str]:
         """The SHA-256 of every blob that a receipt speaks of."""

@@ -7,16 +7,19 @@ import itertools
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from nvcache.core.plan import FillPlan
+from nvcache import logs
+from nvcache.core.plan import FillPlan, Priority
 from nvcache.core.ref import EntryId, Ref
 from nvcache.core.states import JOB_MOVES, JobState
+from nvcache.core.timeline import Kind
 from nvcache.engine import clock
-from nvcache.engine.status import ErrorInfo, JobStatus, Progress
+from nvcache.engine.status import EnsureRequest, ErrorInfo, JobStatus, Progress
+from nvcache.engine.trace import Trace
 from nvcache.errors import Code, Interrupted, NvcacheError, RequestError
 
 log = logging.getLogger(__name__)
@@ -94,6 +97,7 @@ class Job:
     changed: Callable[[Job], None]
     created_at: datetime
     began: float  # monotonic
+    priority: Priority = Priority.DEMAND  # it only ever grows more urgent
     entry: EntryId | None = None
     state: JobState = JobState.QUEUED
     ended_at: datetime | None = None
@@ -102,10 +106,14 @@ class Job:
     note: str | None = None
     repaired_chunks: int = 0
     bad_files: tuple[str, ...] = ()
+    cached: tuple[int, int] | None = None  # bytes of what was read that were in the page cache just before and just after
     tally: Tally = field(default_factory=Tally)
+    trace: Trace = field(default_factory=Trace)
     task: asyncio.Task[None] | None = None
+    wish: EnsureRequest | None = None  # what it was asked for, where somebody asked
     plan: FillPlan | None = None  # of a fill, once there is one
     cancelling: bool = False  # somebody asked for it; a daemon that stops does not
+    deserted: NvcacheError | None = None  # why nothing can come of it any more
     leader: Job | None = None  # the job whose work this one waits for
 
     def move(self, state: JobState) -> None:
@@ -118,10 +126,36 @@ class Job:
         if state.ended:
             self.ended_at = clock.now()
             self.seconds = clock.monotonic() - self.began
+            self._tell_end()
         self.changed(self)
 
+    def _tell_end(self) -> None:
+        fill = self.kind == "fill"
+        note = self.note if fill else _bad(self.repaired_chunks) if self.repaired_chunks else None
+        self.trace.ended(
+            self.state,
+            self.error,
+            good=Kind.READY if fill else Kind.VERIFIED,
+            cancelled=self.cancelling,
+            seconds=self.seconds,
+            bytes=self.tally.fetched if fill else self.tally.done_bytes,
+            what=note,
+        )
+
+    def read(self, cached: Sequence[int] | None) -> None:
+        """Bytes were read back of which so many were in the page cache just before and just after; None: that cannot be told."""
+        if cached is not None:
+            before, after = self.cached or (0, 0)
+            self.cached = before + cached[0], after + cached[1]
+
+    def read_again(self) -> None:
+        """All that was read is read once more, from the start."""
+        self.tally, self.cached = Tally(), None
+
     def fail(self, error: NvcacheError) -> None:
-        """End with an error."""
+        """End with an error; one that has ended stays as it is."""
+        if self.state.ended:
+            return
         self.error = error
         self.move(JobState.CANCELLED if error.code is Code.CANCELLED else JobState.FAILED)
 
@@ -143,6 +177,9 @@ class Job:
             seconds=self.seconds if self.state.ended else now - self.began,
             repaired_chunks=self.repaired_chunks,
             bad_files=self.bad_files,
+            cached_before=self.cached[0] if self.cached else None,
+            cached_after=self.cached[1] if self.cached else None,
+            note=self.note,
         )
 
 
@@ -156,13 +193,13 @@ class Jobs:
         self._by_entry: dict[EntryId, list[Job]] = {}
         self._numbers = itertools.count(1)
 
-    def start(self, key: object, kind: str, ref: Ref, work: Callable[[Job], Coroutine[Any, Any, None]]) -> tuple[Job, bool]:
+    def start(self, key: object, kind: str, ref: Ref, work: Callable[[Job], Coroutine[Any, Any, None]], priority: Priority) -> tuple[Job, bool]:
         """The running job for `key`, else a new one doing `work`. The flag tells whether it is new."""
         running = self._flights.get(key)
-        if running is not None:
+        if running is not None and not running.state.ended:  # whoever saw it end may ask again before its task is gone
             return running, False
         self._forget_old()
-        job = Job(f"{next(self._numbers)}-{secrets.token_hex(4)}", kind, ref, self._changed, clock.now(), clock.monotonic())
+        job = Job(f"{next(self._numbers)}-{secrets.token_hex(4)}", kind, ref, self._changed, clock.now(), clock.monotonic(), priority)
         self._jobs[job.id] = self._flights[key] = job
         job.task = asyncio.create_task(self._own(job, work), name=f"job-{job.id}")
         job.task.add_done_callback(lambda _: self._ended(key, job))
@@ -172,20 +209,23 @@ class Jobs:
         """The task is over, also one that was cancelled before its first step."""
         if self._flights.get(key) is job:
             del self._flights[key]
-        if not job.state.ended:
-            job.fail(_cancelled(job))
+        job.fail(_cancelled(job))
 
     async def _own(self, job: Job, work: Callable[[Job], Coroutine[Any, Any, None]]) -> None:
-        """Run `work` to a final state, whatever happens."""
+        """Run `work` to a final state, whatever happens; all that is logged meanwhile names the job and its model."""
+        with logs.context(model=job.ref.slug, job=job.id):
+            await self._bring_to_end(job, work)
+
+    async def _bring_to_end(self, job: Job, work: Callable[[Job], Coroutine[Any, Any, None]]) -> None:
         try:
             await work(job)
         except NvcacheError as error:
-            job.fail(error)
+            job.fail(job.deserted or error)
         except asyncio.CancelledError:
             job.fail(_cancelled(job))
         except Exception as error:  # a defect: its trace goes to the log, its name to whoever waits
             log.exception("job %s failed unexpectedly", job.id)
-            job.fail(NvcacheError(Code.INTERNAL, f"cannot finish {job.ref}: {type(error).__name__}"))
+            job.fail(job.deserted or NvcacheError(Code.INTERNAL, f"cannot finish {job.ref}: {type(error).__name__}"))
 
     def get(self, job_id: str) -> Job:
         """The job of that id. Raises `RequestError` (unknown-job)."""
@@ -195,8 +235,10 @@ class Jobs:
             raise RequestError(Code.UNKNOWN_JOB, f"cannot find job {job_id[:80]!r}: it never was, or ended more than an hour ago") from None
 
     def bind(self, job: Job, entry: EntryId) -> None:
-        """The job turned out to be about `entry`."""
+        """The job turned out to be about `entry`; about another one than before, where its source changed."""
         if job.entry != entry:
+            if job.entry is not None:
+                self._by_entry[job.entry].remove(job)
             job.entry = entry
             self._by_entry.setdefault(entry, []).append(job)
 
@@ -205,16 +247,18 @@ class Jobs:
         return self._by_entry.get(entry, [])
 
     def forget(self, entry: EntryId) -> None:
-        """Drop the ended jobs about `entry` from memory."""
-        for job in [job for job in self._by_entry.get(entry, []) if job.state.ended]:
-            self._drop(job)
+        """Tell of `entry` no more by jobs that ended. Who has the id of one still learns what became of it."""
+        self._by_entry[entry] = [job for job in self.of(entry) if not job.state.ended]
+        if not self._by_entry[entry]:
+            del self._by_entry[entry]
 
     def _drop(self, job: Job) -> None:
         del self._jobs[job.id]
-        if job.entry is not None:
-            self._by_entry[job.entry].remove(job)
-            if not self._by_entry[job.entry]:
-                del self._by_entry[job.entry]
+        about = self._by_entry.get(job.entry, []) if job.entry is not None else []
+        if job in about:  # not of a store that is closed
+            about.remove(job)
+        if job.entry is not None and not about:
+            self._by_entry.pop(job.entry, None)
 
     def entries(self) -> list[EntryId]:
         """Every entry some remembered job is about."""
@@ -223,6 +267,14 @@ class Jobs:
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
 
+    def hurry(self, job: Job, priority: Priority) -> bool:
+        """Make `job` as urgent as `priority` at least, and where it waits for others about the same entry, those as well. True: some were less."""
+        waits_for = self.of(job.entry) if job.entry is not None and job.leader is not None else []
+        late = [each for each in (job, *waits_for) if priority < each.priority]
+        for each in late:
+            each.priority = priority
+        return bool(late)
+
     async def cancel(self, job: Job) -> None:
         """Cancel and wait until it has ended; harmless when it already has."""
         if job.task is not None and not job.state.ended:
@@ -230,13 +282,23 @@ class Jobs:
             job.task.cancel()
             await asyncio.wait({job.task})
 
-    async def stop(self) -> None:
-        """Cancel every job and wait for their ends."""
-        tasks = {job.task for job in self._jobs.values() if job.task is not None and not job.task.done()}
+    def desert(self, why: NvcacheError | None) -> list[asyncio.Task[None]]:
+        """The store goes: cancel every job (they fail with `why`, if given), and forget which entry they were about. The tasks may take a moment."""
+        running = [job for job in self._jobs.values() if job.task is not None and not job.task.done()]
+        for job in running:
+            job.deserted = why
+        self._flights.clear()
+        self._by_entry.clear()
+        tasks = [job.task for job in running if job.task is not None]
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        return tasks
+
+    def give_up(self) -> None:
+        """End those that were deserted and whose tasks are stuck, so that nobody waits for them."""
+        for job in self._jobs.values():
+            if job.deserted is not None:
+                job.fail(job.deserted)
 
     def _forget_old(self) -> None:
         horizon = clock.now() - KEEP
@@ -248,5 +310,9 @@ class Jobs:
                 excess -= 1
 
 
-def _cancelled(job: Job) -> Interrupted:
-    return Interrupted(Code.CANCELLED, f"cannot finish {job.ref}: the job was cancelled")
+def _cancelled(job: Job) -> NvcacheError:
+    return job.deserted or Interrupted(Code.CANCELLED, f"cannot finish {job.ref}: the job was cancelled")
+
+
+def _bad(chunks: int) -> str:
+    return "1 chunk was bad" if chunks == 1 else f"{chunks} chunks were bad"

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
-from nvcache.core.ref import Ref, SlugName, parse_entry
+from nvcache.core.ref import EntryId, Ref, SlugName, parse_entry
+from nvcache.core.timeline import Kind
 from nvcache.engine import clock
 from nvcache.engine.context import Context
 from nvcache.engine.status import LeaseStatus, ModelStatus
-from nvcache.errors import Code, NvcacheError, RequestError
+from nvcache.errors import Code, DiskError, NvcacheError, RequestError, SpaceError
 from nvcache.store.catalog import Lease
 
 TTL_MIN, TTL_MAX = 1.0, 86400.0  # seconds
+GRACE = 120.0  # seconds every lease lives on after a restart, so that its holder can find us again
 
 
 class Leases:
     """The leases of one store. All methods belong to the event loop."""
 
-    def __init__(self, context: Context, ttl: float) -> None:
+    def __init__(self, context: Context, ttl: float, used: Callable[[EntryId], None]) -> None:
+        """`ttl` is the default, in seconds; `used` is told of each entry that is held on to."""
         self._do = context
         self._default = ttl
+        self._used = used
+        self._taken: dict[str, float] = {}  # lease → when, monotonic
 
     async def take(self, status: ModelStatus, holder: str, ttl_s: float | None) -> LeaseStatus:
         """Hold the entry that was just looked up. Raises `RequestError` (not-ready, bad-request), `DiskError`, `SpaceError`."""
@@ -35,9 +42,36 @@ class Leases:
             await self._do.disk.call(self._do.catalog.write_lease, lease)
         except NvcacheError:
             self._do.shelf.leases.pop(lease.id, None)
+            with suppress(DiskError, SpaceError):  # its file may be there all the same, and would hold the entry from the next start on
+                await self._do.disk.call(self._do.catalog.remove_lease, lease.id)
             raise
+        self._taken[lease.id] = clock.monotonic()
+        self._do.counters.leases_taken += 1
+        self._do.timeline.note(entry_id, Kind.LEASED, who=holder, what=f"for {ttl:g} s")
         self._do.changed(entry_id)
         return self._status(lease)
+
+    async def adopt(self, name: Ref | SlugName, theirs: Callable[[str], bool], holder: str, ttl_s: float | None) -> LeaseStatus | None:
+        """Renew the live lease that `find` finds, as `holder`'s and under another id; None without one.
+
+        Whoever had it may be ending just now, and would release it by its old id. Raises as `renew` does.
+        """
+        found = self.find(name, theirs)
+        if found is None:
+            return None
+        held = self._held(name, found)
+        ttl = self._ttl(held.ttl if ttl_s is None else ttl_s)
+        fresh = replace(held, id=secrets.token_hex(16), holder=holder, expires=clock.unix() + ttl, ttl=ttl)
+        del self._do.shelf.leases[found]
+        self._do.shelf.leases[fresh.id] = fresh
+        self._taken[fresh.id] = self._taken.pop(found, clock.monotonic())
+        self._do.timeline.note(fresh.entry, Kind.LEASED, who=holder, what=f"taken over, for {ttl:g} s")
+        self._used(fresh.entry)
+        await self._do.disk.call(self._do.catalog.write_lease, fresh)
+        await self._do.disk.call(self._do.catalog.remove_lease, found)
+        if fresh.id not in self._do.shelf.leases:  # released meanwhile
+            await self._do.disk.call(self._do.catalog.remove_lease, fresh.id)
+        return self._status(fresh)
 
     async def renew(self, name: Ref | SlugName, lease_id: str, ttl_s: float | None) -> LeaseStatus:
         """Let a lease live `ttl_s` seconds (by default as long as it was taken for) from now. Raises `RequestError` (unknown-lease, bad-request)."""
@@ -45,6 +79,7 @@ class Leases:
         ttl = self._ttl(held.ttl if ttl_s is None else ttl_s)
         fresh = replace(held, expires=clock.unix() + ttl, ttl=ttl)
         self._do.shelf.leases[lease_id] = fresh
+        self._used(fresh.entry)
         await self._do.disk.call(self._do.catalog.write_lease, fresh)
         if lease_id not in self._do.shelf.leases:  # released meanwhile: it must not come back with the next start
             await self._do.disk.call(self._do.catalog.remove_lease, lease_id)
@@ -55,7 +90,19 @@ class Leases:
         held = self._held(name, lease_id)
         del self._do.shelf.leases[lease_id]
         await self._do.disk.call(self._do.catalog.remove_lease, lease_id)
+        self._ended(held, Kind.RELEASED)
         self._do.changed(held.entry)
+
+    def find(self, name: Ref | SlugName, theirs: Callable[[str], bool]) -> str | None:
+        """The live lease on what `name` means whose holder `theirs` accepts, the one that lives longest if there are several.
+
+        A name without a revision means every revision of the model: its holder loads the one it was given, whatever the name means by now.
+        """
+        exact = None if name.revision is None else self._do.shelf.find(name)
+        now = clock.unix()
+        live = (lease for lease in self._do.shelf.leases.values() if lease.expires > now and lease.entry.slug == name.slug)
+        found = [lease for lease in live if theirs(lease.holder) and (name.revision is None or lease.entry == exact)]
+        return max(found, key=lambda lease: lease.expires).id if found else None
 
     def all(self) -> list[LeaseStatus]:
         """Every lease that has not run out."""
@@ -63,12 +110,21 @@ class Leases:
         return [self._status(lease) for lease in self._do.shelf.leases.values() if lease.expires > now]
 
     async def expire(self) -> None:
-        """Forget the leases that have run out."""
+        """Forget the leases that have run out, and shorten what a clock that was set back has made last for years."""
         now = clock.unix()
+        for lease in list(self._do.shelf.leases.values()):
+            if lease.expires > now + max(lease.ttl, GRACE):
+                self._do.shelf.leases[lease.id] = replace(lease, expires=now + lease.ttl)
         for lease in [lease for lease in self._do.shelf.leases.values() if lease.expires <= now]:
             self._do.shelf.leases.pop(lease.id, None)
-            await self._do.disk.call(self._do.catalog.remove_lease, lease.id)
+            self._do.counters.leases_expired += 1
+            self._ended(lease, Kind.EXPIRED)
             self._do.changed(lease.entry)
+            await self._do.disk.call(self._do.catalog.remove_lease, lease.id)
+
+    def _ended(self, lease: Lease, kind: Kind) -> None:
+        since = self._taken.pop(lease.id, None)  # None: taken before the daemon started
+        self._do.timeline.note(lease.entry, kind, who=lease.holder, seconds=None if since is None else clock.monotonic() - since)
 
     def _ttl(self, ttl: float) -> float:
         if not TTL_MIN <= ttl <= TTL_MAX:

@@ -28,15 +28,21 @@ _CLASSES: dict[str, type[NvcacheError]] = {
 
 @dataclass(frozen=True, slots=True)
 class FetchTask:
-    """Make one blob: fetch what the ingest lacks, prove it, commit it. `sha256`/`git_sha1` is what the source published, in hex."""
+    """Make one blob: fetch what the ingest lacks, prove it, commit it. `sha256` is what it must have, in hex; `also` is another digest (`md5:…`).
+
+    `source` is whose limits count (the scheme of the reference); `remote` is what that source located, known when the task is sent at the latest.
+    `lent`: the remote is a mirror, which is asked with little patience, and whose chunks are doubted first.
+    """
 
     key: str
     size: int
     name: str
     lanes: int
-    remote: dict[str, Any] = field(repr=False)
+    source: str
+    remote: dict[str, Any] = field(default_factory=dict, repr=False)
     sha256: str | None = None
-    git_sha1: str | None = None
+    also: str | None = None
+    lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,13 @@ class AdoptTask:
 
 @dataclass(frozen=True, slots=True)
 class CheckTask:
-    """Compare a blob with its chunk digests (base64, packed XXH3-64), around the page cache."""
+    """Compare chunks of a blob, from chunk `first` on, with their digests (base64, packed XXH3-64), around the page cache."""
 
     path: str
     size: int
     chunks: str
     chunk_size: int
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ import heapq
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 
 import xxhash
 
-from nvcache.core.digest import git_blob_header
+from nvcache.core.digest import Algorithm, Digest, git_blob_header
 from nvcache.errors import Code, Interrupted, NvcacheError
 from nvcache.sources.base import Reader, ReaderFactory
 from nvcache.store.files import aligned_buffer
@@ -29,10 +30,10 @@ BLOCK = 4096
 
 @dataclass(frozen=True, slots=True)
 class Pumped:
-    """What came out: digests in hex, one XXH3-64 per chunk packed little endian, and the bytes that crossed the network."""
+    """What came out: the SHA-256 in hex, one XXH3-64 per chunk packed little endian, and the bytes that crossed the network."""
 
     sha256: str
-    git_sha1: str | None
+    also: Digest | None  # the second one, if one was asked for
     chunks: bytes
     fetched: int
 
@@ -40,10 +41,10 @@ class Pumped:
 class Pump:
     """Fills `ingest` from `readers` with `lanes` threads.
 
-    `git` asks for git's SHA-1 as well; it costs as much as the SHA-256.
+    `also` asks for a second digest, which costs about as much as the SHA-256. `fetched` is what was fetched of the file before, to be counted in.
     """
 
-    def __init__(self, ingest: Ingest, readers: ReaderFactory, lanes: int, *, git: bool = False) -> None:
+    def __init__(self, ingest: Ingest, readers: ReaderFactory, lanes: int, *, also: Algorithm | None = None, fetched: int = 0) -> None:
         self._ingest = ingest
         self._readers = readers
         self._lanes = max(1, min(lanes, ingest.count))
@@ -55,15 +56,15 @@ class Pump:
         self._hashing = False
         self._stopped = False
         self._open: dict[Reader, int] = {}  # reader → its bytes that are accounted for as chunks
-        self._fetched = 0
+        self._fetched = fetched
         self._stored_bytes = sum(self._length(index) for index in self._stored)
         self._sha256 = hashlib.sha256()
-        self._git_sha1 = hashlib.sha1(git_blob_header(ingest.size), usedforsecurity=False) if git else None
+        self._algorithm, self._also = also, _hasher(also, ingest.size)
 
     def run(self) -> Pumped:
         """Fetch what is missing and hash everything. Blocks; raises the first lane's error after the others have stopped."""
         with ThreadPoolExecutor(self._lanes, thread_name_prefix="lane") as threads:
-            lanes = [threads.submit(self._lane) for _ in range(self._lanes)]
+            lanes = [threads.submit(copy_context().run, self._lane) for _ in range(self._lanes)]  # what they log names the job as well
             done, _ = wait(lanes, return_when=FIRST_EXCEPTION)
             if any(lane.exception() for lane in done):
                 self.stop()
@@ -74,7 +75,10 @@ class Pump:
         if self._frontier < self._ingest.count:
             raise Interrupted(Code.CANCELLED, "cannot finish the file: the fetch was cancelled")
         chunks = b"".join(self._stored[index].to_bytes(8, "little") for index in range(self._ingest.count))
-        return Pumped(self._sha256.hexdigest(), self._git_sha1.hexdigest() if self._git_sha1 else None, chunks, self._fetched)
+        return Pumped(self._sha256.hexdigest(), self._second(), chunks, self._fetched)
+
+    def _second(self) -> Digest | None:
+        return Digest(self._algorithm, self._also.hexdigest()) if self._algorithm and self._also else None
 
     def progress(self) -> tuple[int, int]:
         """Bytes of the file that are here, chunks under way included, and bytes fetched by this pump. Any thread may ask."""
@@ -177,8 +181,8 @@ class Pump:
     def _hash(self, view: memoryview) -> None:
         """Feed the frontier. Only the lane that set `_hashing` is here, so the hash states need no lock; both updates release the GIL."""
         self._sha256.update(view)
-        if self._git_sha1:
-            self._git_sha1.update(view)
+        if self._also:
+            self._also.update(view)
         with self._changed:
             self._frontier += 1
             self._hashing = False
@@ -186,3 +190,13 @@ class Pump:
 
     def _length(self, index: int) -> int:
         return min(self._ingest.chunk_size, self._ingest.size - index * self._ingest.chunk_size)
+
+
+def _hasher(algorithm: Algorithm | None, size: int) -> hashlib._Hash | None:
+    match algorithm:
+        case Algorithm.GIT_SHA1:
+            return hashlib.sha1(git_blob_header(size), usedforsecurity=False)
+        case Algorithm.MD5:
+            return hashlib.md5(usedforsecurity=False)
+        case _:
+            return None

@@ -10,24 +10,28 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from nvcache.core.manifest import File
-from nvcache.core.plan import FillPlan, Priority, RemoteFile
+from nvcache.core.digest import Algorithm, Digest
+from nvcache.core.manifest import DIGEST_BYTES, File
+from nvcache.core.plan import FillPlan, RemoteFile
 from nvcache.core.space import human
 from nvcache.core.states import JobState
+from nvcache.core.timeline import Kind
 from nvcache.engine import clock
 from nvcache.engine.blocking import unbroken
 from nvcache.engine.context import Context
-from nvcache.engine.fetch import Fetcher, first_of, make_plan
+from nvcache.engine.fetch import Fetcher, first_of
 from nvcache.engine.jobs import Job
+from nvcache.engine.ledger import Promise
 from nvcache.engine.messages import CheckTask, SeedTask
 from nvcache.engine.shelf import Entry
-from nvcache.errors import Code, IntegrityError, SourceError
+from nvcache.errors import Code, IntegrityError, SourceError, SpaceError
 from nvcache.sources.base import Resolved
 from nvcache.store.catalog import EntryState
 from nvcache.store.condemn import condemn
-from nvcache.store.ingest import ingest_key
+from nvcache.store.ingest import ingest_key, ingest_keys
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +42,24 @@ class Repairer:
     def __init__(self, context: Context, fetcher: Fetcher) -> None:
         self._do = context
         self._fetcher = fetcher
+        self._condemning = asyncio.Lock()
 
-    async def verify(self, job: Job, entry: Entry) -> None:
-        """Read every blob of `entry`, compare chunk by chunk, repair what is bad; then make sure that the views show the blobs."""
+    async def verify(self, job: Job, entry: Entry, first: str | None = None) -> None:
+        """Read every blob of `entry`, `first` before all others, compare chunk by chunk, repair what is bad.
+
+        What is bad is withdrawn as soon as it is known, while the rest is still read.
+        """
         job.move(JobState.VERIFYING)
-        bad = await self._read_all(job, entry)
+        bad = await self._read_all(job, entry, first)
+        entry.suspect = False  # what is bad is known and out of the way: another try need not read again
         if bad:
-            await self._condemn(job, entry, bad)
             await self.mend(job, entry)
-            return
-        state = replace(entry.state, checked_at=clock.stamp())
-        await unbroken(self._show(entry, state))
+        else:
+            await self.proven(job, entry)
+
+    async def proven(self, job: Job, entry: Entry) -> None:
+        """Every byte was read and is right: say so, and make sure that the views show the blobs."""
+        await unbroken(self._show(entry, lambda state: replace(state, checked_at=clock.stamp(), scrubbed=0, scrub_began=0.0)))
         log.info("verified: every byte is right", extra={"facts": {"model": str(entry.id), "job": job.id}})
 
     async def recover(self, job: Job, entry: Entry) -> None:
@@ -58,47 +69,61 @@ class Repairer:
             bad = await self._read_all(job, entry)
         else:
             gone = [f for f in entry.manifest.files if not await self._do.disk.call(self._do.blobs.has, f.sha256, f.size)]
-            bad = {file.sha256: list(range(len(file.chunks) // 8)) for file in gone}
+            bad = {file.sha256: _chunks(file) for file in gone}
+            if bad:
+                await self._condemn(job, entry, bad)
+        entry.suspect = False
         if bad:
-            await self._condemn(job, entry, bad)
             await self.mend(job, entry)
         else:
-            await unbroken(self._show(entry, entry.state))
+            await unbroken(self._show(entry))
 
-    async def _show(self, entry: Entry, state: EntryState) -> None:
-        """Publish a whole entry and remember `state`."""
-
-        def work() -> None:
-            self._do.views.publish(entry.manifest, hub_id=entry.hub_id, names=entry.state.names)
-            self._do.catalog.write_state(entry.id, state)
-
-        await self._do.disk.call(work)
-        entry.state, entry.broken, entry.suspect = state, None, False
+    async def _show(self, entry: Entry, change: Callable[[EntryState], EntryState] = lambda state: state) -> None:
+        """Publish a whole entry and remember what `change` makes of its state."""
+        async with self._do.state_locks(entry.id):
+            state = change(entry.state)
+            await self._do.disk.call(self._publish, entry, state)
+            entry.state, entry.broken, entry.suspect = state, None, False
+        await self._do.kaito.settle()
         self._do.changed(entry.id)
 
-    async def _read_all(self, job: Job, entry: Entry) -> dict[str, list[int]]:
-        """SHA-256 → bad chunks, of every blob that has some."""
+    def _publish(self, entry: Entry, state: EntryState) -> None:
+        """Blocks."""
+        self._do.views.publish(entry.manifest, hub_id=entry.hub_id, names=entry.state.names)
+        self._do.catalog.write_state(entry.id, state)
+        self._do.catalog.keep_manifest(entry.manifest)
+
+    async def _read_all(self, job: Job, entry: Entry, first: str | None = None) -> dict[str, list[int]]:
+        """SHA-256 → bad chunks, of every blob that has some; they are condemned."""
         files = {file.sha256: file for file in entry.manifest.files}
         job.tally.expect(len(files), sum(file.size for file in files.values()))
         bad: dict[str, list[int]] = {}
         try:
-            async with asyncio.TaskGroup() as group:
-                for file in files.values():
-                    group.create_task(self._check(job, entry, file, bad))
+            with job.trace.phase(Kind.READ, bytes=job.tally.bytes_total, count=len(files), what="from the disk, and compared"):
+                if first in files:
+                    await self._check(job, entry, files.pop(first), bad)
+                async with asyncio.TaskGroup() as group:
+                    for file in files.values():
+                        group.create_task(self._check(job, entry, file, bad))
         except BaseExceptionGroup as error:
             raise first_of(error) from error
         return bad
 
     async def _check(self, job: Job, entry: Entry, file: File, bad: dict[str, list[int]]) -> None:
         if not await self._do.disk.call(self._do.blobs.has, file.sha256, file.size):
-            bad[file.sha256] = list(range(len(file.chunks) // 8))
+            bad[file.sha256] = _chunks(file)
+            self._do.counters.verify_failures += 1
+            await self._condemn(job, entry, {file.sha256: bad[file.sha256]})
             return
         task = CheckTask(str(self._do.layout.blob(file.sha256)), file.size, base64.b64encode(file.chunks).decode(), entry.manifest.chunk_size)
-        result = await self._do.workers.run(task, priority=Priority.REPAIR, progress=lambda seen, _: job.tally.running(file.sha256, seen, 0))
+        result = await self._do.workers.run(task, priority=lambda: job.priority, progress=lambda seen, _: job.tally.running(file.sha256, seen, 0))
         job.tally.finished(file.sha256, file.size, 0)
+        job.read(result["cached"])
         job.changed(job)
         if result["bad"]:
             bad[file.sha256] = result["bad"]
+            self._do.counters.verify_failures += 1
+            await self._condemn(job, entry, {file.sha256: result["bad"]})
 
     async def _condemn(self, job: Job, entry: Entry, bad: dict[str, list[int]]) -> None:
         """Take bad blobs out of the store, then every entry that has one out of the views.
@@ -106,69 +131,131 @@ class Repairer:
         From the first line on nothing of them is served by the daemon; that they are condemned is on the disk before the first is moved, so that a
         crash in between cannot bring one back.
         """
-        job.bad_files = tuple(file.path for file in entry.manifest.files if file.sha256 in bad)
-        job.repaired_chunks = sum(map(len, bad.values()))
-        self._do.counters.verify_failures += len(bad)
-        why = f"{job.repaired_chunks} chunks are gone or went bad"
-        log.error("bytes on the disk went bad: %s", ", ".join(job.bad_files), extra={"facts": {"model": str(entry.id), "job": job.id}})
+        paths, chunks = [file.path for file in entry.manifest.files if file.sha256 in bad], sum(map(len, bad.values()))
+        job.bad_files = tuple(file.path for file in entry.manifest.files if file.path in {*job.bad_files, *paths})
+        job.repaired_chunks += chunks
+        why = f"{chunks} chunks are gone or went bad" if chunks != 1 else "1 chunk is gone or went bad"
+        log.error("bytes on the disk went bad: %s", ", ".join(paths), extra={"facts": {"model": str(entry.id), "job": job.id}})
         sharers = self._do.shelf.sharing(bad)
         for sharer in sharers:
             sharer.broken, sharer.suspect = IntegrityError(Code.DEGRADED, f"cannot serve {sharer.id}: {why}"), True
+            self._do.timeline.note(sharer.id, Kind.WITHDRAWN, what=f"{why}: {', '.join(paths)}", count=len(bad), code=str(Code.DEGRADED))
             self._do.changed(sharer.id)
+        await unbroken(self._take_out(sharers, sorted(bad), f"{clock.stamp()} {entry.id}: {why}"))
+
+    async def _take_out(self, entries: Sequence[Entry], bad: Sequence[str], note: str) -> None:
+        async with self._condemning:  # there is one list
+            await self._take_out_alone(entries, bad, note)
+
+    async def _take_out_alone(self, entries: Sequence[Entry], bad: Sequence[str], note: str) -> None:
+        await self._do.kaito.settle()
         try:
-            await self._do.disk.call(condemn, self._do.layout, self._do.blobs, sorted(bad), f"{clock.stamp()} {entry.id}: {why}")
+            await self._do.disk.call(condemn, self._do.layout, self._do.blobs, bad, note)
         finally:
-            for sharer in sharers:
-                await self._do.disk.call(self._do.views.withdraw, sharer.manifest, hub_id=sharer.hub_id)
+            for entry in entries:
+                await self._do.disk.call(self._do.views.withdraw, entry.manifest, hub_id=entry.hub_id)
 
     async def mend(self, job: Job, entry: Entry) -> None:
-        """Fetch the bad chunks from the pinned revision and put every entry that waited for them back."""
-        plan = await self._plan(entry)
-        for file in entry.manifest.files:
-            await self._seed(job, plan, entry, file)
-        mended = await self._fetcher.fill(job, plan)
+        """Fetch the bad chunks from the pinned revision and put every entry that waited for them back.
+
+        Where the source does not list it any more, or not now, mirrors may have the same bytes.
+        """
+        down: SourceError | None = None
+        try:
+            plan = await self._plan(entry)
+        except SourceError as error:
+            if not self._do.rescue.may_help(entry.manifest.ref):
+                raise
+            plan, down = await self._plan_of(entry, {file.path: _remembered(file) for file in entry.manifest.files}), error
+        with Promise(self._do.ledger, {}, ingest_keys(plan.files), ()):  # what is seeded is not for others to tidy away
+            for file in entry.manifest.files:
+                await self._seed(job, plan, entry, file, at_all_costs=down is not None)
+        mended = await self._fetcher.fill(job, plan, down)
         self._do.counters.repaired_chunks += job.repaired_chunks
+        self._do.counters.repairs += 1
         log.info("repaired: %s fetched", human(job.tally.fetched), extra={"facts": {"model": str(entry.id), "job": job.id}})
         for other in self._do.shelf.sharing(mended.manifest.blobs):
             if other.broken is not None and other.id != mended.id and await self._do.disk.call(self._whole, other):
-                await unbroken(self._show(other, other.state))
+                await unbroken(self._show(other))
 
     async def _plan(self, entry: Entry) -> FillPlan:
-        """A plan for exactly the entry's files, with the source's own tokens. Raises `SourceError` when the source no longer has them."""
+        """A plan for exactly the entry's files; what is not here comes as the source lists it. Raises `SourceError` when it no longer has that."""
         manifest = entry.manifest
-        name = next(iter(entry.state.names), None)
-        resolved = Resolved(manifest.ref, name, manifest.endpoint)
-        listing = await self._do.net.call(self._do.sources[manifest.ref.scheme].list, resolved)
-        plan = make_plan(resolved, listing, asked=manifest.asked, selection=manifest.selection, also=manifest.by_path)
-        files = [_proven(file, manifest.by_path[file.path]) for file in plan.files if file.path in manifest.by_path]
-        lost = manifest.by_path.keys() - {file.path for file in files}
+        listing = await self._do.ask(
+            manifest.ref.scheme, self._listing, Resolved(manifest.ref, next(iter(entry.state.names), None), manifest.endpoint)
+        )
+        return await self._plan_of(entry, {file.path: file for file in listing})
+
+    async def _plan_of(self, entry: Entry, listed: Mapping[str, RemoteFile]) -> FillPlan:
+        manifest = entry.manifest
+        here = await self._do.disk.call(lambda: {file.path for file in manifest.files if self._do.blobs.has(file.sha256, file.size)})
+        lost = manifest.by_path.keys() - here - listed.keys()
         if lost:
             raise SourceError(
                 Code.REVISION_NOT_FOUND, f"cannot repair {entry.id}: its source no longer has {min(lost)!r}", facts={"files": sorted(lost)}
             )
-        return replace(
-            plan,
+        files = (_kept(file, listed.get(file.path)) if file.path in here else _proven(listed[file.path], file) for file in manifest.files)
+        return FillPlan(
+            ref=manifest.ref,
+            asked=manifest.asked,
+            endpoint=manifest.endpoint,
             files=tuple(files),
-            names=entry.state.names,
+            selection=manifest.selection,
             left_out=manifest.left_out,
-            priority=Priority.REPAIR,
+            names=entry.state.names,
             resolved_at=entry.state.resolved_at,
         )
 
-    async def _seed(self, job: Job, plan: FillPlan, entry: Entry, file: File) -> None:
-        """Start the ingest of a quarantined blob from its good chunks, unless some fill makes or made the blob meanwhile."""
+    def _listing(self, resolved: Resolved) -> tuple[RemoteFile, ...]:
+        """The revision's files, or where it is gone those that are there now: a file is taken only with the SHA-256 that it had. Blocks."""
+        source = self._do.sources[resolved.ref.scheme]
+        try:
+            return source.list(resolved)
+        except SourceError as error:
+            if error.code is not Code.SOURCE_CHANGED:
+                raise
+            return source.list(source.resolve(resolved.ref.at(None)))
+
+    async def _seed(self, job: Job, plan: FillPlan, entry: Entry, file: File, *, at_all_costs: bool) -> None:
+        """Start the ingest of a quarantined blob from its good chunks, unless some fill makes or made the blob meanwhile.
+
+        Where there is no room for both the bad one goes, and all of it is fetched; not `at_all_costs`, when nobody may have the rest of it.
+        """
         source = self._do.layout.quarantine / file.sha256
         remote = next(remote for remote in plan.files if remote.path == file.path)
         key = ingest_key(remote.token, remote.size)
         async with self._do.key_locks(key):
             if not await self._do.disk.call(source.exists) or await self._do.disk.call(self._do.blobs.has, file.sha256, file.size):
                 return
-            with await self._do.ledger.admit(f"the repair of {file.path}", {key: file.size}, {key}):
+            try:
+                promise = await self._do.ledger.admit(f"the repair of {file.path}", {key: file.size}, {key})
+            except SpaceError as error:
+                if error.code is not Code.FULL or at_all_costs:
+                    raise
+                log.warning("a bad file makes room for the one that takes its place: %s", error, extra={"facts": {"model": str(entry.id)}})
+                await self._do.disk.call(self._do.blobs.drop_from_quarantine, file.sha256)
+                return
+            with promise:
                 task = SeedTask(key, str(source), file.size, base64.b64encode(file.chunks).decode(), entry.manifest.chunk_size)
-                await self._do.workers.run(task, priority=Priority.REPAIR)
+                await self._do.workers.run(task, priority=lambda: job.priority)
 
     def _whole(self, entry: Entry) -> bool:
         return all(self._do.blobs.has(sha256, size) for sha256, size in entry.manifest.blobs.items())
+
+
+def _chunks(file: File) -> list[int]:
+    return list(range(len(file.chunks) // DIGEST_BYTES))
+
+
+def _kept(stored: File, listed: RemoteFile | None) -> RemoteFile:
+    """A file whose blob is here, whatever its source has under that name by now."""
+    return RemoteFile(stored.path, stored.size, listed.token if listed else f"sha256:{stored.sha256}", Digest(Algorithm.SHA256, stored.sha256))
+
+
+def _remembered(stored: File) -> RemoteFile:
+    """The file as its source listed it, from memory."""
+    token = stored.token or (stored.source.hex if stored.source else f"sha256:{stored.sha256}")
+    return RemoteFile(stored.path, stored.size, token, stored.source or Digest(Algorithm.SHA256, stored.sha256))
 
 
 def _proven(listed: RemoteFile, stored: File) -> RemoteFile:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nvcache.core.digest import Algorithm
@@ -11,6 +12,7 @@ from nvcache.core.plan import RemoteFile
 from nvcache.core.ref import EntryId, Ref, Scheme, SlugName, shortened
 from nvcache.errors import Code, NvcacheError, RequestError
 from nvcache.store.catalog import EntryState, Lease
+from nvcache.store.views import Views
 
 DEFAULT_NAME = "main"  # what a reference without a revision means; also the ref a Hub view needs to be found without one
 
@@ -24,8 +26,11 @@ class Entry:
     broken: NvcacheError | None = None
     suspect: bool = False  # bytes of it went bad: it is read whole before it is shown again
     removing: bool = False
-    changing: bool = False  # its views are being published anew: a look at them now proves nothing
+    changing: bool = False  # its views or its state are being written: a look at them now proves nothing, and nobody removes it
     last_used: float | None = None
+    use_noted: float = float("-inf")  # monotonic time at which that was written down last
+    in_use: bool = False  # a process had files of it open or mapped when that was looked up last
+    stamps: dict[str, tuple[int, int]] = field(default_factory=dict)  # SHA-256 → inode and mtime, as the last cheap check found them
     checked: tuple[float, bool] = field(default=(float("-inf"), True))  # monotonic time of the last cheap check, and what it found
 
     @property
@@ -39,14 +44,47 @@ class Entry:
         return hub_id(self.manifest.ref, self.state.alias)
 
 
+class LeaseBook(MutableMapping[str, Lease]):
+    """Leases by id, and those of one entry at no cost for those of others: pods take as many as they like, and all models are looked at often."""
+
+    def __init__(self) -> None:
+        self._leases: dict[str, Lease] = {}
+        self._of: dict[EntryId, dict[str, Lease]] = {}
+
+    def of(self, entry: EntryId) -> Collection[Lease]:
+        """The leases on an entry, oldest first."""
+        return self._of.get(entry, {}).values()
+
+    def __getitem__(self, lease_id: str) -> Lease:
+        return self._leases[lease_id]
+
+    def __setitem__(self, lease_id: str, lease: Lease) -> None:
+        before = self._leases.get(lease_id)
+        if before is not None and before.entry != lease.entry:
+            del self[lease_id]
+        self._leases[lease_id] = self._of.setdefault(lease.entry, {})[lease_id] = lease
+
+    def __delitem__(self, lease_id: str) -> None:
+        entry = self._leases.pop(lease_id).entry
+        del self._of[entry][lease_id]
+        if not self._of[entry]:
+            del self._of[entry]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leases)
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+
 class Shelf:
     """Entries by id, with the look-ups the engine needs."""
 
     def __init__(self) -> None:
         self.entries: dict[EntryId, Entry] = {}
-        self.leases: dict[str, Lease] = {}
+        self.leases = LeaseBook()
         self._resolved: dict[tuple[str, str], EntryId] = {}  # (slug, moving name) → the entry it was last resolved to
-        self._by_digest: dict[str, File] = {}  # "algorithm:hex" as published, and "sha256:hex" → a file with its chunk digests
+        self._by_digest: dict[str, File] = {}  # "algorithm:hex" as published, "sha256:hex" or "token:…" → a file with its chunk digests
 
     def put(self, entry: Entry) -> None:
         """Add or replace an entry."""
@@ -60,7 +98,7 @@ class Shelf:
     def drop(self, entry_id: EntryId) -> None:
         """Forget an entry and its leases."""
         self.entries.pop(entry_id, None)
-        for lease in [lease for lease in self.leases.values() if lease.entry == entry_id]:
+        for lease in list(self.leases.of(entry_id)):
             del self.leases[lease.id]
         self._resolved = {key: value for key, value in self._resolved.items() if value != entry_id}
         self._by_digest = {}
@@ -77,7 +115,8 @@ class Shelf:
         return [entry.id for entry in sorted(found, key=lambda entry: entry.state.resolved_at, reverse=True)]
 
     def find(self, name: Ref | SlugName) -> EntryId | None:
-        """The entry a name means: the exact revision, the moving name's last meaning, the last resolved revision, or the one that begins so.
+        """The entry a name means: the exact revision, the moving name's last meaning, the last resolved revision, the one that begins so, or the one
+        that is shown under that name.
 
         Raises `RequestError` (ambiguous-revision) when several begin so.
         """
@@ -90,7 +129,37 @@ class Shelf:
             if known in self.entries:
                 return known
         latest = next(iter(self.revisions(slug)), None) if revision is None else None
-        return latest or self._by_first_digits(name)
+        shown = self.shown_as(name) if isinstance(name, Ref) else None
+        return latest or self._by_first_digits(name) or (shown.id if shown else None)
+
+    def standing(self) -> dict[str, Entry]:
+        """Each name in the HuggingFace view → the entry that `find` has for it without a revision, ready or not, in one pass over all."""
+        found = {entry.hub_id: entry for entry in sorted(self.entries.values(), key=lambda entry: entry.state.resolved_at) if entry.hub_id}
+        for (_, name), entry_id in self._resolved.items():
+            entry = self.entries.get(entry_id)
+            if entry is not None and name == DEFAULT_NAME and entry.manifest.ref.scheme is Scheme.HF:
+                found[entry.manifest.ref.location] = entry
+        return found
+
+    def known_as(self, entry: Entry) -> list[Ref]:
+        """Every reference that means this entry just now: with its revision, without, by a moving name, and as the HuggingFace view shows it."""
+        ref, hub = entry.manifest.ref, Ref(Scheme.HF, entry.hub_id) if entry.hub_id else None
+        moving = [ref.at(None if name == DEFAULT_NAME else name) for name in entry.state.names]
+        asked = [ref, ref.at(None), *moving, *((hub, hub.at(entry.manifest.commit)) if hub else ())]
+        found = []
+        for each in dict.fromkeys(asked):
+            with suppress(RequestError):  # a name given up since, that begins several commits
+                found += [each] if self.find(each) == entry.id else []
+        return found
+
+    def shown_as(self, ref: Ref) -> Entry | None:
+        """The entry of another source that the HuggingFace view shows as this Hub model: at its commit, else the newest."""
+        if ref.scheme is not Scheme.HF:
+            return None
+        found = [entry for entry in self.entries.values() if entry.hub_id == ref.location and entry.id.slug != ref.slug]
+        if ref.revision not in (None, DEFAULT_NAME):
+            found = [entry for entry in found if entry.manifest.commit == ref.revision]
+        return max(found, key=lambda entry: entry.state.resolved_at, default=None)
 
     def _by_first_digits(self, name: Ref | SlugName) -> EntryId | None:
         short = shortened(name)
@@ -111,8 +180,11 @@ class Shelf:
         return entry_id
 
     def known(self, file: RemoteFile) -> File | None:
-        """A stored file with the content `file` has, by what its source publishes; None when unknown or unpublished."""
-        return self._by_digest.get(str(file.digest)) if file.digest else None
+        """A stored file with the content `file` has, by the digest that is published, else by the source's name for these bytes, or None.
+
+        An MD5 is believed of the source that published it, never across sources: two contents with one MD5 can be made at will (RFC 6151).
+        """
+        return self._by_digest.get(str(file.digest) if file.identified else f"token:{file.token}")
 
     def sharing(self, blobs: Iterable[str]) -> list[Entry]:
         """Every entry that has one of these blobs."""
@@ -121,7 +193,7 @@ class Shelf:
 
     def holders(self, entry_id: EntryId, now: float) -> list[Lease]:
         """The leases on an entry that have not run out at `now` (unix seconds)."""
-        return [lease for lease in self.leases.values() if lease.entry == entry_id and lease.expires > now]
+        return [lease for lease in self.leases.of(entry_id) if lease.expires > now]
 
     def shown(self) -> set[str]:
         """The SHA-256 of every blob of every entry, ready or not."""
@@ -138,14 +210,25 @@ class Shelf:
             for other in self.entries.values()
         )
 
-    def alias_taken(self, hub_name: str, slug: str) -> bool:
-        """Whether another source's entry shows itself under `hub_name`."""
-        return any(entry.hub_id == hub_name and entry.id.slug != slug for entry in self.entries.values())
+    def shows_commit(self, commit: str, entry_id: EntryId) -> bool:
+        """Whether another entry of the slug has that commit in the HuggingFace view, or would have it there under an alias."""
+        others = (other for other in self.entries.values() if other.id.slug == entry_id.slug and other.id != entry_id)
+        return any(Views.hub_commit(other.manifest) == commit for other in others)
+
+    def refuse_taken(self, ref: Ref, hub_name: str | None) -> None:
+        """Raises `RequestError` (alias-conflict) when another source's entry shows itself under `hub_name`."""
+        for entry in self.entries.values():
+            if hub_name is not None and entry.hub_id == hub_name and entry.id.slug != ref.slug:
+                there = entry.manifest.ref
+                hint = f"ask for {there.base}, or remove it first: nvcache rm {entry.id}"
+                raise RequestError(Code.ALIAS_CONFLICT, f"cannot show {ref} as {hub_name}: {there.base} has that name on this node", hint=hint)
 
     def _index(self, files: Iterable[File]) -> None:
         for file in files:
             self._by_digest[f"sha256:{file.sha256}"] = file
-            if file.source is not None and file.source.algorithm is not Algorithm.SHA256:
+            if file.token is not None:
+                self._by_digest[f"token:{file.token}"] = file
+            if file.source is not None and file.source.algorithm is Algorithm.GIT_SHA1:
                 self._by_digest[str(file.source)] = file
 
 

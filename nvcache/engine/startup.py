@@ -1,7 +1,8 @@
 """What happens between opening a store and being ready: read the catalog, put half-made things right.
 
-Every step may be repeated and may be killed at any instant. A manifest whose blobs are gone is dropped, aloud; one whose blob lies in quarantine is
-degraded and repaired.
+Every step may be repeated and may be killed at any instant. An entry whose blobs are gone, short or in quarantine is degraded, and repaired like one
+whose files went bad while the daemon ran: its pin and its leases stay. What the disk does not give back is not taken for gone: a model whose manifest
+cannot be read is not served, and keeps its blobs and leases; one whose state cannot be read counts as pinned.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from nvcache.core.manifest import Manifest
 from nvcache.core.ref import EntryId
+from nvcache.core.timeline import Kind
 from nvcache.engine import clock
 from nvcache.engine.context import Context
-from nvcache.engine.shelf import Entry, hub_id
+from nvcache.engine.shelf import Entry
 from nvcache.errors import Code, IntegrityError
 from nvcache.store.catalog import EntryState
 from nvcache.store.condemn import finish_condemning
@@ -30,18 +31,16 @@ def load_shelf(do: Context, root: Root, leases_until: float) -> None:
     found = do.catalog.manifests()
     for entry_id, manifest in found.items():
         states[entry_id] = do.catalog.state(entry_id)
+        if do.layout.state_file(entry_id) in do.catalog.unread:
+            states[entry_id] = replace(states[entry_id], pin=True)  # it may have been
         entry = Entry(manifest, states[entry_id], last_used=do.catalog.last_used(entry_id, clock.unix()))
         missing = [sha256 for sha256, size in manifest.blobs.items() if not do.blobs.has(sha256, size)]
-        lost = [sha256 for sha256 in missing if not (do.layout.quarantine / sha256).exists()]
-        if lost and entry_id not in plans:
-            _drop(do, manifest, entry)
-            continue
         if missing:
-            entry.suspect = True
-            entry.broken = IntegrityError(Code.DEGRADED, f"cannot serve {entry_id}: {len(missing)} of its files went bad and are being repaired")
+            _withdraw(do, entry, f"{len(missing)} of its files are gone or went bad")
         do.shelf.put(entry)
     root.sweep()
-    do.views.prune([(entry.manifest, entry.hub_id) for entry in do.shelf.entries.values() if entry.broken is None])
+    shown = [(entry.manifest, entry.hub_id) for entry in do.shelf.entries.values() if entry.broken is None]
+    do.views.prune(shown, kaito=do.kaito.take_over(), unknown=do.catalog.unread_entries())
     for entry in do.shelf.entries.values():
         if entry.broken is None and not do.views.complete(entry.manifest, entry.hub_id):
             do.views.publish(entry.manifest, hub_id=entry.hub_id, names=entry.state.names)
@@ -49,12 +48,12 @@ def load_shelf(do: Context, root: Root, leases_until: float) -> None:
     _load_leases(do, leases_until)
 
 
-def _drop(do: Context, manifest: Manifest, entry: Entry) -> None:
-    log.error("a model is dropped: blobs of it are gone", extra={"facts": {"model": str(manifest.id)}})
-    do.counters.dropped_manifests += 1
-    do.views.withdraw(manifest, hub_id=hub_id(manifest.ref, entry.state.alias))
-    do.catalog.remove_manifest(manifest.id)
-    do.catalog.remove_state(manifest.id)
+def _withdraw(do: Context, entry: Entry, why: str) -> None:
+    """It is not served before its repair, which reads all of it. `prune` takes its views away."""
+    log.error("a model is withdrawn and repaired: %s", why, extra={"facts": {"model": str(entry.id)}})
+    entry.suspect = True
+    entry.broken = IntegrityError(Code.DEGRADED, f"cannot serve {entry.id}: {why}; they are being repaired")
+    do.timeline.at_start(entry.id, Kind.WITHDRAWN, what=f"{why}, as the daemon started", code=str(Code.DEGRADED))
 
 
 def _collect_garbage(do: Context, wanted: set[str]) -> None:
@@ -68,8 +67,9 @@ def _collect_garbage(do: Context, wanted: set[str]) -> None:
 
 
 def _load_leases(do: Context, until: float) -> None:
+    now, unknown = clock.unix(), do.catalog.unread_entries()
     for lease in do.catalog.leases().values():
         if lease.entry in do.shelf.entries:
-            do.shelf.leases[lease.id] = replace(lease, expires=max(lease.expires, until))
-        else:
+            do.shelf.leases[lease.id] = replace(lease, expires=max(min(lease.expires, now + lease.ttl), until))  # the clock may have been set back
+        elif lease.entry not in unknown:
             do.catalog.remove_lease(lease.id)

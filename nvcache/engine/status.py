@@ -44,7 +44,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One piece of long work. `kind` is fill, verify or repair; `entry` is None until the reference is resolved."""
+    """One piece of long work. `kind` is fill, verify, scrub or repair; `entry` is None until the reference is resolved.
+
+    `cached_before` and `cached_after` are the bytes in the page cache just before and just after each piece was read back, added up.
+    """
 
     id: str
     kind: str
@@ -58,6 +61,9 @@ class JobStatus:
     seconds: float = 0.0
     repaired_chunks: int = 0
     bad_files: tuple[str, ...] = ()
+    cached_before: int | None = None
+    cached_after: int | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +81,12 @@ class ModelStatus:
     hub_id: str | None = None
     pinned: bool = False
     leases: int = 0
+    in_use: bool = False  # a process of the node has files of it open or mapped, with or without a lease; looked up every half minute
     verified_at: str | None = None
     checked_at: str | None = None
     last_used: datetime | None = None
     warnings: tuple[str, ...] = ()
+    unproven: int = 0  # files of which the source publishes no digest: they are what came at first use
     progress: Progress | None = None
     job: str | None = None
     error: ErrorInfo | None = None
@@ -108,6 +116,7 @@ class EnsureRequest:
     alias: str | None = None
     pin: bool = False
     priority: Priority = Priority.DEMAND
+    require_digest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +139,20 @@ class DryRun:
 
 
 @dataclass(frozen=True, slots=True)
+class EvictionStatus:
+    """What goes, or went, so that `need` bytes are available; `short` is what was missing of them. Bytes; `in_the_way` is held and takes room."""
+
+    need: int
+    short: int
+    freed: int
+    enough: bool
+    victims: tuple[dict[str, object], ...]  # entry, frees, last_used (None: never), in_use
+    in_the_way: tuple[dict[str, object], ...]  # entry, bytes, held: why, in words
+
+
+@dataclass(frozen=True, slots=True)
 class SpaceStatus:
-    """The store's room, in bytes. `limit` is the effective max_bytes."""
+    """The store's room, in bytes. `limit` is the effective max_bytes; above `high_mark` models are evicted, down to `low_mark`."""
 
     limit: int
     used: int
@@ -139,6 +160,9 @@ class SpaceStatus:
     free: int  # of the file system
     total: int
     quarantined: int = 0
+    min_free: int = 0
+    high_mark: int = 0
+    low_mark: int = 0
 
 
 @dataclass(slots=True)
@@ -149,13 +173,40 @@ class Counters:
     misses: int = 0
     joined: int = 0  # callers that joined a running fill
     fetched_bytes: int = 0
+    source_bytes: dict[str, int] = field(default_factory=dict)  # of them, by scheme
+    source_errors: dict[tuple[str, str], int] = field(default_factory=dict)  # by scheme and code
     reused_bytes: int = 0
     fills: int = 0
     fill_failures: dict[str, int] = field(default_factory=dict)  # by code
     fill_seconds_sum: float = 0.0
     verify_failures: int = 0
+    scrubs: int = 0
+    scrubbed_bytes: int = 0
+    scrub_failures: int = 0  # models in which a scrub found wrong bytes
     repaired_chunks: int = 0
+    repairs: int = 0
+    leases_taken: int = 0
+    leases_expired: int = 0
     retries: int = 0
+    preemptions: int = 0  # fetches that were stopped for one that somebody waits for
     throttled_seconds: float = 0.0
     worker_restarts: int = 0
-    dropped_manifests: int = 0
+    evictions: int = 0
+    evicted_bytes: int = 0
+    mirror_bytes: dict[str, int] = field(default_factory=dict)  # by mirror
+    mirror_failures: dict[tuple[str, str], int] = field(default_factory=dict)  # by mirror and code
+    stripe_losses: int = 0
+    signal_failures: int = 0  # calls to the cluster's API server that failed
+
+    def came(self, source: str, size: int) -> None:
+        """`size` bytes came from a source of that scheme."""
+        self.fetched_bytes += size
+        self.source_bytes[source] = self.source_bytes.get(source, 0) + size
+
+    def source_failed(self, source: str, code: str) -> None:
+        """A source of that scheme did not do what it was asked."""
+        self.source_errors[source, code] = self.source_errors.get((source, code), 0) + 1
+
+    def count_signal_failure(self) -> None:
+        """One more."""
+        self.signal_failures += 1

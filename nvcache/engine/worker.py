@@ -14,13 +14,13 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nvcache import logs
-from nvcache.core.digest import Algorithm
+from nvcache.core.digest import Digest
 from nvcache.engine.messages import (
     AdoptTask,
     CheckTask,
@@ -35,9 +35,10 @@ from nvcache.engine.messages import (
 from nvcache.engine.pump import Pump, Pumped
 from nvcache.engine.weights import check_files
 from nvcache.errors import Code, IntegrityError, Interrupted, NvcacheError
-from nvcache.sources.base import remote_from_dict
+from nvcache.sources.base import ReaderFactory, remote_from_dict
+from nvcache.sources.mirrors import impatient
 from nvcache.sources.open import open_remote
-from nvcache.sources.ranges import Throttle, Transport, Watchdog
+from nvcache.sources.ranges import Pace, Throttle, Transport, Watchdog
 from nvcache.store import ingest, scrub
 from nvcache.store.files import aligned_buffer, round_up
 from nvcache.store.layout import Layout
@@ -61,14 +62,16 @@ class Worker:
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._throttle = Throttle(self._tell_pause)
+        self._paces: dict[str, Pace] = {}  # by source
         self._watchdog = Watchdog()
 
     def run(self) -> None:
-        """Serve until the control socket ends."""
-        with self._control.makefile("rb") as lines:
+        """Serve until the control socket ends; of a daemon that was killed it is reset."""
+        with suppress(ConnectionResetError), self._control.makefile("rb") as lines:
             hello = json.loads(lines.readline() or b"{}")
             if not hello:
                 return
+            logs.setup(**hello["log"])
             self._layout = Layout(Path(hello["root"]))
             self._direct = bool(hello["direct"])
             self._transport = Transport(**hello["transport"])
@@ -80,7 +83,8 @@ class Worker:
         match message["do"]:
             case "task":
                 name = f"task-{message['id']}"
-                threading.Thread(target=self._task, args=(message["id"], task_from_dict(message)), name=name, daemon=True).start()
+                arguments = message["id"], task_from_dict(message), message["log"]
+                threading.Thread(target=self._task, args=arguments, name=name, daemon=True).start()
             case "cancel":
                 with self._lock:
                     stop = self._running.get(message["id"])
@@ -89,8 +93,14 @@ class Worker:
                     stop()
             case "pause":
                 self._throttle.pause(message["origin"], message["seconds"])
+            case "rate":
+                self._pace(message["source"]).set(message["bytes_per_second"])
 
-    def _task(self, number: int, task: Task) -> None:
+    def _task(self, number: int, task: Task, about: dict[str, str]) -> None:
+        with logs.context(**about):
+            self._answer(number, task)
+
+    def _answer(self, number: int, task: Task) -> None:
         try:
             result = self._perform(number, task)
         except NvcacheError as error:
@@ -113,31 +123,54 @@ class Worker:
             case AdoptTask():
                 return self._adopt(number, task)
             case CheckTask():
-                bad = self._check(number, Path(task.path), task.size, base64.b64decode(task.chunks), task.chunk_size)
-                return {"bad": bad}
+                return asdict(self._check(number, Path(task.path), task.size, base64.b64decode(task.chunks), task.chunk_size, task.first))
             case SeedTask():
                 return self._seed(number, task)
             case WeightsTask():
                 return {"warnings": check_files(task.files)}
 
     def _fetch(self, number: int, task: FetchTask) -> dict[str, Any]:
-        readers = open_remote(remote_from_dict(task.remote), self._transport, self._throttle, self._watchdog)
-        blob = ingest.Ingest.open(self._layout, task.key, task.size, direct=self._direct)
+        """Fetch, prove, commit.
+
+        What an earlier mirror brought is doubted first when the whole is wrong: it is fetched anew from here, and `doubted` says so.
+        """
+        transport = impatient(self._transport) if task.lent else self._transport
+
+        def told(error: NvcacheError, pause: float) -> None:
+            self._send({"id": number, "event": "trouble", "code": error.code, "pause": pause, "why": str(error)})
+
+        readers = open_remote(remote_from_dict(task.remote), transport, self._throttle, self._watchdog, self._pace(task.source), told)
+        blob = ingest.Ingest.open(self._layout, task.key, task.size, direct=self._direct, lent=task.lent)
         try:
-            pump = Pump(blob, readers, task.lanes, git=task.git_sha1 is not None)
-            self._stoppable(number, pump.stop)
-            with self._reporting(number, pump):
-                pumped = pump.run()
+            doubtful, doubted = blob.lent_chunks(), False
+            pumped = self._pump(number, task, blob, readers, 0)
+            if doubtful and not _right(task, pumped):
+                for index in doubtful:
+                    blob.forget(index)
+                doubted = True
+                pumped = self._pump(number, task, blob, readers, pumped.fetched)
             self._prove(task, pumped, blob)
             blob.commit(pumped.sha256)
         finally:
             blob.close()
         write_receipt(self._layout, task.key, Receipt(pumped.sha256, pumped.chunks))
-        return {"sha256": pumped.sha256, "chunks": base64.b64encode(pumped.chunks).decode(), "fetched": pumped.fetched}
+        chunks = base64.b64encode(pumped.chunks).decode()
+        return {"sha256": pumped.sha256, "chunks": chunks, "fetched": pumped.fetched, "doubted": doubted}
+
+    def _pump(self, number: int, task: FetchTask, blob: ingest.Ingest, readers: ReaderFactory, fetched: int) -> Pumped:
+        pump = Pump(blob, readers, task.lanes, also=Digest.parse(task.also).algorithm if task.also else None, fetched=fetched)
+        self._stoppable(number, pump.stop)
+        with self._reporting(number, pump):
+            return pump.run()
+
+    def _pace(self, source: str) -> Pace:
+        """What all tasks of `source` in this process keep to: as fast as it goes until the daemon says otherwise."""
+        with self._lock:
+            return self._paces.setdefault(source, Pace())
 
     @contextmanager
     def _reporting(self, number: int, pump: Pump) -> Iterator[None]:
-        """Tell the daemon how far `pump` is, every `REPORT_EVERY` seconds."""
+        """Tell the daemon how far `pump` is, every `REPORT_EVERY` seconds and at its end, which may be a failure."""
         with self._lock:
             self._pumps[number] = pump
         try:
@@ -145,6 +178,7 @@ class Worker:
         finally:
             with self._lock:
                 del self._pumps[number]
+            self._progress(number, *pump.progress())
 
     def _report(self) -> None:
         """Send the progress of every pump, and a sign of life now and then, for ever: the body of a thread of its own."""
@@ -158,12 +192,16 @@ class Worker:
                 self._send({"event": "alive"})
 
     def _prove(self, task: FetchTask, pumped: Pumped, blob: ingest.Ingest) -> None:
-        for algorithm, want, got in ((Algorithm.SHA256, task.sha256, pumped.sha256), (Algorithm.GIT_SHA1, task.git_sha1, pumped.git_sha1)):
-            if want is not None and want != got:
-                blob.restart()
+        for want, got in _compared(task, pumped):
+            if want != got:
+                if task.lent:  # what was here before the mirror came is as good as it was
+                    for index in blob.lent_chunks():
+                        blob.forget(index)
+                else:
+                    blob.restart()
                 raise IntegrityError(
                     Code.DIGEST_MISMATCH,
-                    f"cannot accept {task.name}: its {algorithm} is {got}, the source published {want}",
+                    f"cannot accept {task.name}: it is {got}, the source published {want}",
                     facts={"file": task.name, "expected": want, "actual": got},
                 )
 
@@ -183,22 +221,29 @@ class Worker:
             raise IntegrityError(Code.DIGEST_MISMATCH, f"cannot adopt blob {task.sha256[:12]}: its bytes went bad on the disk")
         return {"sha256": sha256, "chunks": base64.b64encode(chunks).decode(), "fetched": 0}
 
-    def _check(self, number: int, path: Path, size: int, digests: bytes, chunk_size: int) -> list[int]:
+    def _check(self, number: int, path: Path, size: int, digests: bytes, chunk_size: int, first: int = 0) -> scrub.Checked:
         stopped = self._stop_flag(number)
+
+        def looked_at(index: int, failure: OSError | None) -> None:
+            self._progress(number, min(size, (index + 1) * chunk_size), 0)
+            if failure is not None:
+                self._send({"event": "doubt", "why": f"cannot read {path.name}: {failure.strerror}"})
+
         with aligned_buffer(round_up(max(1, min(size, chunk_size)))) as memory, memoryview(memory) as buffer:
-            bad = scrub.check_chunks(
+            found = scrub.check_chunks(
                 path,
                 size,
                 digests,
+                first=first,
                 chunk_size=chunk_size,
                 buffer=buffer,
                 stop=stopped.is_set,
                 direct=self._direct,
-                on_chunk=lambda index: self._progress(number, min(size, (index + 1) * chunk_size), 0),
+                on_chunk=looked_at,
             )
         if stopped.is_set():
             raise Interrupted(Code.CANCELLED, "cannot finish the check: it was cancelled")
-        return bad
+        return found
 
     def _stop_flag(self, number: int) -> threading.Event:
         stopped = threading.Event()
@@ -207,7 +252,7 @@ class Worker:
 
     def _seed(self, number: int, task: SeedTask) -> dict[str, Any]:
         digests = base64.b64decode(task.chunks)
-        bad = set(self._check(number, Path(task.source), task.size, digests, task.chunk_size))
+        bad = set(self._check(number, Path(task.source), task.size, digests, task.chunk_size).bad)
         good = {i: int.from_bytes(digests[i * 8 : i * 8 + 8], "little") for i in range(len(digests) // 8) if i not in bad}
         ingest.seed(self._layout, task.key, Path(task.source), task.size, good, chunk_size=task.chunk_size, direct=self._direct)
         return {"bad": sorted(bad)}
@@ -231,6 +276,16 @@ class Worker:
                 self._control.sendall(encode(message))
         except OSError:
             os._exit(0)  # the daemon is gone; journals make leaving at once safe
+
+
+def _compared(task: FetchTask, pumped: Pumped) -> list[tuple[str, str]]:
+    """What the file must be and what it is, digest by digest."""
+    pairs = ((f"sha256:{task.sha256}" if task.sha256 else None, f"sha256:{pumped.sha256}"), (task.also, str(pumped.also)))
+    return [(want, got) for want, got in pairs if want is not None]
+
+
+def _right(task: FetchTask, pumped: Pumped) -> bool:
+    return all(want == got for want, got in _compared(task, pumped))
 
 
 def transport_to_dict(transport: Transport) -> dict[str, Any]:

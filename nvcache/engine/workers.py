@@ -1,6 +1,7 @@
 """The pool of worker processes: hands tasks out, carries their progress and results back, restarts what died. It knows nothing of models.
 
-A worker has as many lanes as it may hold chunk buffers; a task costs lanes, and waits in order of priority until some worker has them free.
+A worker has as many lanes as it may hold chunk buffers; a task costs lanes, and waits for its turn (see `turns`) until some worker has them free and
+its source's limit allows them. A fetch that makes way for a more urgent task goes back to the queue, and on from its journal.
 Cancelling a task tells the worker; a worker that does not stop within `STOP_GRACE` seconds is killed, and only its own tasks fail.
 """
 
@@ -13,64 +14,57 @@ import json
 import logging
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from typing import Any
 
+from nvcache import logs
 from nvcache.core.plan import Priority
-from nvcache.engine.messages import FetchTask, Task, encode, error_from_dict, task_to_dict
-from nvcache.errors import Code, DiskError, Interrupted
+from nvcache.engine.messages import FetchTask, Task, error_from_dict, task_to_dict
+from nvcache.engine.process import Process, ProgressCallback, Turn, Watch
+from nvcache.engine.status import Counters
+from nvcache.engine.turns import Limit, Start, choose, shares
+from nvcache.errors import Code, DiskError, Interrupted, NvcacheError
 from nvcache.system.run import start_service
 
 log = logging.getLogger(__name__)
 STOP_GRACE = 10.0  # seconds a cancelled task may take before its process is killed
-STOP_ALL_GRACE = 3.0  # seconds for all workers together when the daemon stops
+STOP_ALL_GRACE = 1.0  # seconds for all workers together when the store is closed; they leave at once unless they are stuck
 TRIES = 3  # of a task whose process dies under it
 SILENCE = 60.0  # seconds without a word from a worker after which it is taken for stuck, and killed: it speaks every few seconds
 LINE_LIMIT = 64 * 2**20  # the chunk digests of a 50 TB file are 25 MB; a line is never longer than this
-ProgressCallback = Callable[[int, int], None]
-
-
-class _Running:
-    """A task in a worker: its answer, and who is told of its progress."""
-
-    def __init__(self, cost: int, progress: ProgressCallback | None) -> None:
-        self.cost = cost
-        self.progress = progress
-        self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-
-
-class _Process:
-    """One worker process and the tasks it has."""
-
-    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lanes: int) -> None:
-        self.process = process
-        self.reader = reader
-        self.writer = writer
-        self.free = lanes
-        self.running: dict[int, _Running] = {}
-        self.listener: asyncio.Task[None] | None = None
-
-    def tell(self, message: dict[str, Any]) -> None:
-        self.writer.write(encode(message))
-
-    def kill(self) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
+REST = 2.0  # seconds a fetch that made way stays away at least: demand comes in waves, and going on costs reading what is here
+Locate = Callable[[], Awaitable[dict[str, Any]]]
 
 
 class Workers:
-    """`count` processes with `lanes` each, started at the first task. All methods belong to the event loop."""
+    """`count` processes with `lanes` each, started at the first task. All methods belong to the event loop.
 
-    def __init__(self, count: int, lanes: int, hello: dict[str, Any], env: dict[str, str]) -> None:
+    `limits` are by source; `doubt` is told of reads that fail without failing a task.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        lanes: int,
+        hello: dict[str, Any],
+        env: dict[str, str],
+        counters: Counters,
+        doubt: Callable[[NvcacheError], None],
+        limits: Mapping[str, Limit],
+    ) -> None:
         self.count = count
         self.lanes = lanes
-        self.restarts = 0
-        self.throttled_seconds = 0.0
+        self._counters = counters
+        self._doubt = doubt
         self._hello = hello
         self._env = env
-        self._processes: list[_Process] = []
+        self._limits = limits
+        self._processes: list[Process] = []
+        self._alive: set[asyncio.subprocess.Process] = set()  # also what is about to serve, or killed and not dead yet
         self._numbers = itertools.count(1)
-        self._waiting: list[tuple[int, int, int, asyncio.Future[_Process]]] = []
+        self._waiting: dict[str | None, list[tuple[Priority, int, Turn]]] = {}  # a heap for each source
+        self._stale = False  # priorities have changed, and the heaps do not know yet
         self._starting = asyncio.Lock()
         self._cleanups: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -88,92 +82,183 @@ class Workers:
         if len(self._processes) < (count or self.count) and not self._stopping:
             self._own(self._start_missing(count))
 
-    async def run(self, task: Task, *, priority: Priority = Priority.DEMAND, progress: ProgressCallback | None = None) -> dict[str, Any]:
+    async def run(
+        self,
+        task: Task,
+        *,
+        priority: Callable[[], Priority],
+        locate: Locate | None = None,
+        progress: ProgressCallback | None = None,
+        watch: Watch | None = None,
+    ) -> dict[str, Any]:
         """Run `task` on some worker and return its result. `progress(stored, fetched)` is called on the event loop.
 
-        Tasks may be repeated, and are when their process died. Raises what the task raised, `DiskError` (worker-died) when that happened `TRIES`
-        times, `Interrupted` (stopping). A cancelled caller cancels the task.
+        `priority` is asked when the task is queued, when others need its lanes, and after `reconsider`. `locate` gives the `remote` of a `FetchTask`
+        once it has its lanes: what was signed before it waited may have run out. `watch` is told when it has lanes and of what its source does.
+        Tasks may be repeated, and are when their process died or they made way. Raises what the task or `locate` raised, `DiskError` (worker-died)
+        when that happened `TRIES` times, `Interrupted` (stopping). A cancelled caller cancels the task.
         """
-        for attempt in range(1, TRIES + 1):
+        if isinstance(task, FetchTask):
+            most = self._limits.get(task.source, Limit()).connections
+            task = replace(task, lanes=min(task.lanes, most or task.lanes))
+        turn = Turn(next(self._numbers), task, priority, progress, watch)
+        deaths = 0
+        while True:
             try:
-                return await self._run_once(task, priority, progress)
+                result = await self._try(turn, locate)
             except DiskError as error:
-                if error.code is not Code.WORKER_DIED or attempt == TRIES:
+                deaths += 1
+                if error.code is not Code.WORKER_DIED or deaths == TRIES:
                     raise
                 log.warning("a task is given to another worker: %s", error)
-        raise AssertionError("unreachable")
+            else:
+                if result is not None:
+                    return result
+                turn.runs(False)
+                await asyncio.sleep(REST)
+            turn.wait()
 
-    async def _run_once(self, task: Task, priority: Priority, progress: ProgressCallback | None) -> dict[str, Any]:
-        await self._start_missing()
-        cost = task.lanes if isinstance(task, FetchTask) else 1
-        process = await self._acquire(cost, priority)
-        number = next(self._numbers)
-        running = process.running[number] = _Running(cost, progress)
-        process.tell({"do": "task", "id": number, **task_to_dict(task)})
-        try:
-            return await asyncio.shield(running.answer)
-        except asyncio.CancelledError:
-            running.progress = None
-            process.tell({"do": "cancel", "id": number})
-            self._own(self._await_stop(process, running))
-            raise
+    def reconsider(self) -> None:
+        """Priorities have changed: ask all that wait for theirs again, in a moment."""
+        if not self._stale:
+            self._stale = True
+            asyncio.get_running_loop().call_soon(self._reorder)
 
     async def stop(self) -> None:
-        """Cancel everything and end the processes, by force after `STOP_ALL_GRACE` seconds."""
+        """Cancel everything and end the processes, by force after `STOP_ALL_GRACE` seconds. Returns when none is left; a dead disk may hold one."""
         self._stopping = True
-        for *_, future in self._waiting:
-            if not future.done():
-                future.set_exception(_stopping())
-        self._waiting.clear()
+        self._fail_waiting(_stopping())
         try:
             async with asyncio.timeout(STOP_ALL_GRACE), self._starting:  # one that is being started would be left behind
                 pass
         except TimeoutError:
             log.warning("a worker is still being started")
+        listeners = [process.listener for process in self._processes if process.listener]
         for process in self._processes:
             process.writer.close()  # the worker leaves at once when its control socket ends
-        waits = [process.process.wait() for process in self._processes]
-        if waits:
-            try:
-                async with asyncio.timeout(STOP_ALL_GRACE):
-                    await asyncio.gather(*waits)
-            except TimeoutError:
-                for process in self._processes:
-                    process.kill()
-        listeners = [process.listener for process in self._processes if process.listener]
+        await self._ends(STOP_ALL_GRACE)
         for owned in [*listeners, *self._cleanups]:
             owned.cancel()
         await asyncio.gather(*listeners, *self._cleanups, return_exceptions=True)
+        for child in self._alive:
+            _kill(child)
+        await self._ends(None)
 
-    async def _acquire(self, cost: int, priority: Priority) -> _Process:
-        if self._stopping:
-            raise _stopping()
-        future: asyncio.Future[_Process] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (int(priority), next(self._numbers), cost, future))
-        self._hand_out()
+    async def _ends(self, grace: float | None) -> None:
+        """Wait until no process is left, at most `grace` seconds."""
+        waits = [asyncio.create_task(child.wait()) for child in self._alive]
+        if waits:
+            await asyncio.wait(waits, timeout=grace)
+        for wait in waits:
+            wait.cancel()
+
+    # -- one task
+
+    async def _try(self, turn: Turn, locate: Locate | None) -> dict[str, Any] | None:
+        """One try of a task: its result, or None when it made way."""
+        await self._start_missing()
+        process = await self._acquire(turn)
+        turn.runs(True)
         try:
-            return await future
+            task = turn.task
+            if locate is not None and isinstance(task, FetchTask):
+                task = replace(task, remote=await locate())
+            process.tell({"do": "task", "id": turn.number, "log": logs.current(), **task_to_dict(task)})
+            turn.sent = True
+        finally:
+            if not turn.sent:
+                process.drop(turn)
+            self._hand_out()  # it could not make way before
+        try:
+            return await asyncio.shield(turn.answer)
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._release(future.result(), cost)
+            turn.abandon()
+            self._end(process, turn)
             raise
 
-    def _hand_out(self) -> None:
-        while self._waiting:
-            _, _, cost, future = self._waiting[0]
-            if future.done():
-                heapq.heappop(self._waiting)
-                continue
-            best = max(self._processes, key=lambda process: process.free, default=None)
-            if best is None or best.free < cost:
-                return
-            heapq.heappop(self._waiting)
-            best.free -= cost
-            future.set_result(best)
-
-    def _release(self, process: _Process, cost: int) -> None:
-        process.free += cost
+    async def _acquire(self, turn: Turn) -> Process:
+        if self._stopping:
+            raise _stopping()
+        heapq.heappush(self._waiting.setdefault(turn.source, []), (turn.priority(), turn.number, turn))
         self._hand_out()
+        try:
+            return await turn.place
+        except asyncio.CancelledError:
+            if not turn.place.cancelled() and turn.place.exception() is None:
+                turn.place.result().drop(turn)
+            self._hand_out()
+            raise
+
+    def _end(self, process: Process, turn: Turn) -> None:
+        """Have a task stopped that was sent."""
+        if not turn.stopping and not turn.answer.done():
+            process.tell({"do": "cancel", "id": turn.number})
+            self._own(self._await_stop(process, turn.answer))
+        turn.stopping = True
+
+    async def _await_stop(self, process: Process, answer: asyncio.Future[dict[str, Any] | None]) -> None:
+        done, _ = await asyncio.wait({answer}, timeout=STOP_GRACE)
+        if not done:
+            log.warning("worker %d ignored a cancellation for %g s and is killed", process.process.pid, STOP_GRACE)
+            _kill(process.process)
+
+    # -- whose turn it is
+
+    def _hand_out(self) -> None:
+        """Give lanes to whose turn it is, and stop what is to make way for it."""
+        while not self._stopping:
+            heads = {turn.number: turn for queue in self._waiting.values() if (turn := _head(queue)) is not None}
+            held = [turn.held(i) for i, process in enumerate(self._processes) for turn in process.running.values() if turn.stopping or turn.movable]
+            step = choose([turn.asking for turn in heads.values()], [process.free for process in self._processes], self._room(), held)
+            if step is None:
+                break
+            if isinstance(step, Start):
+                turn = heads[step.number]
+                heapq.heappop(self._waiting[turn.source])
+                self._processes[step.worker].take(turn)
+            else:
+                self._preempt(step.victims)
+        if not self._stopping:
+            self._share()
+
+    def _preempt(self, victims: tuple[int, ...]) -> None:
+        for process in self._processes:
+            for number in process.running.keys() & victims:
+                turn = process.running[number]
+                name = turn.task.name if isinstance(turn.task, FetchTask) else ""
+                log.info("the fetch of %s makes way for one that somebody waits for", name)
+                self._counters.preemptions += 1
+                self._end(process, turn)
+
+    def _room(self) -> dict[str, int]:
+        """How many more lanes each limited source allows."""
+        limited = {source: limit.connections for source, limit in self._limits.items() if limit.connections}
+        return {source: most - sum(process.busy[source] for process in self._processes) for source, most in limited.items()}
+
+    def _share(self) -> None:
+        """Tell each worker its part of the limited bandwidths, where that has changed."""
+        for source, limit in self._limits.items():
+            if limit.bandwidth:
+                for process, rate in zip(self._processes, shares(limit.bandwidth, [p.busy[source] for p in self._processes]), strict=True):
+                    if rate and process.rates.get(source) != rate:
+                        process.rates[source] = rate
+                        process.tell({"do": "rate", "source": source, "bytes_per_second": rate})
+
+    def _reorder(self) -> None:
+        self._stale = False
+        for source, queue in self._waiting.items():
+            self._waiting[source] = [(turn.priority(), number, turn) for _, number, turn in queue if not turn.place.done()]
+            heapq.heapify(self._waiting[source])
+        self._hand_out()
+
+    def _fail_waiting(self, error: NvcacheError) -> None:
+        """Tell all that wait for lanes that there will be none."""
+        for _, _, turn in itertools.chain.from_iterable(self._waiting.values()):
+            if not turn.place.done():
+                turn.place.set_exception(error)
+        self._waiting.clear()
+
+    # -- the processes
 
     async def _start_missing(self, count: int | None = None) -> None:
         async with self._starting:
@@ -181,23 +266,28 @@ class Workers:
                 self._processes.append(await self._start())
         self._hand_out()
 
-    async def _start(self) -> _Process:
+    async def _start(self) -> Process:
         ours, theirs = socket.socketpair()
         try:
             argv = [sys.executable, "-P", "-m", "nvcache.engine.worker"]
             child = await start_service(argv, control=theirs, env=self._env)
+            self._alive.add(child)
+            self._own(self._reap(child))
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_LIMIT)
         except OSError as error:
             ours.close()
             raise DiskError(Code.WORKER_DIED, f"cannot start a worker process: {error.strerror}") from error
+        except asyncio.CancelledError:
+            ours.close()  # with it a worker that began ends
+            raise
         finally:
             theirs.close()
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=LINE_LIMIT)
-        process = _Process(child, reader, writer, self.lanes)
+        process = Process(child, reader, writer, self.lanes)
         process.tell(self._hello)
         process.listener = asyncio.create_task(self._listen(process), name=f"worker-{child.pid}")
         return process
 
-    async def _listen(self, process: _Process) -> None:
+    async def _listen(self, process: Process) -> None:
         """Own one process until it ends: carry its events, then fail what it left undone."""
         try:
             async with asyncio.timeout(SILENCE) as silence:
@@ -209,25 +299,32 @@ class Workers:
         except (ConnectionError, ValueError) as error:
             log.warning("worker %d sent nothing readable: %s", process.process.pid, type(error).__name__)
         finally:
-            process.kill()
+            _kill(process.process)
             if process in self._processes:
                 self._processes.remove(process)
             process.writer.close()
-            status = process.process.returncode
-            for running in process.running.values():
-                if not running.answer.done():
-                    running.answer.set_exception(
-                        _stopping()
-                        if self._stopping
-                        else DiskError(Code.WORKER_DIED, f"cannot finish the task: worker process {process.process.pid} died")
-                    )
-                    running.answer.exception()  # retrieved here: its waiter may be gone
+            self._orphan(process)
+            self._hand_out()
         status = await process.process.wait()
         if not self._stopping:
-            self.restarts += 1
+            self._counters.worker_restarts += 1
             log.warning("worker %d ended with status %s", process.process.pid, status)
-            if self._waiting:
+            if any(self._waiting.values()):
                 await self._replace()
+
+    def _orphan(self, process: Process) -> None:
+        """Tell the tasks of a process that ended. One that was to make way has."""
+        for turn in process.running.values():
+            if self._stopping:
+                turn.failed(_stopping())
+            elif turn.stopping:
+                turn.made_way()
+            else:
+                turn.failed(DiskError(Code.WORKER_DIED, f"cannot finish the task: worker process {process.process.pid} died"))
+
+    async def _reap(self, child: asyncio.subprocess.Process) -> None:
+        await child.wait()
+        self._alive.discard(child)
 
     async def _replace(self) -> None:
         """Start a worker for those who wait; when that fails they are told, not left waiting."""
@@ -235,42 +332,36 @@ class Workers:
             await self._start_missing()
         except DiskError as error:
             if not self._processes:
-                for *_, future in self._waiting:
-                    if not future.done():
-                        future.set_exception(error)
-                self._waiting.clear()
+                self._fail_waiting(error)
 
-    def _event(self, process: _Process, message: dict[str, Any]) -> None:
+    def _event(self, process: Process, message: dict[str, Any]) -> None:
         if message["event"] == "alive":
             return
+        if message["event"] == "doubt":
+            self._doubt(DiskError(Code.DISK_IO, message["why"]))
+            return
         if message["event"] == "pause":
-            self.throttled_seconds += message["seconds"]
+            self._counters.throttled_seconds += message["seconds"]
             for other in self._processes:
                 if other is not process:
                     other.tell({"do": "pause", "origin": message["origin"], "seconds": message["seconds"]})
             return
-        running = process.running.get(message["id"])
-        if running is None:
+        turn = process.running.get(message["id"])
+        if turn is None:
+            return
+        if message["event"] == "trouble":
+            self._counters.source_failed(turn.source or "", message["code"])
+            turn.trouble(message["code"], message["pause"], message["why"])
             return
         if message["event"] == "progress":
-            if running.progress:
-                running.progress(message["stored"], message["fetched"])
-            return
-        del process.running[message["id"]]
-        self._release(process, running.cost)
-        if running.answer.done():
-            return
-        if message["event"] == "done":
-            running.answer.set_result(message["result"])
+            could = turn.movable
+            turn.told(message["stored"], message["fetched"])
+            if could is turn.movable:
+                return
         else:
-            running.answer.set_exception(error_from_dict(message["error"]))
-            running.answer.exception()  # retrieved here: its waiter may be gone
-
-    async def _await_stop(self, process: _Process, running: _Running) -> None:
-        done, _ = await asyncio.wait({running.answer}, timeout=STOP_GRACE)
-        if not done:
-            log.warning("worker %d ignored a cancellation for %g s and is killed", process.process.pid, STOP_GRACE)
-            process.kill()
+            process.drop(turn)
+            _answer(turn, message)
+        self._hand_out()
 
     def _own(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -281,6 +372,29 @@ class Workers:
         self._cleanups.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.warning("a worker could not be looked after: %s", error)
+
+
+def _head(queue: list[tuple[Priority, int, Turn]]) -> Turn | None:
+    """The first that still waits."""
+    while queue and queue[0][2].place.done():
+        heapq.heappop(queue)
+    return queue[0][2] if queue else None
+
+
+def _answer(turn: Turn, message: dict[str, Any]) -> None:
+    if message["event"] == "done":
+        turn.done(message["result"])
+        return
+    error = error_from_dict(message["error"])
+    if turn.stopping and error.code is Code.CANCELLED:
+        turn.made_way()
+    else:
+        turn.failed(error)
+
+
+def _kill(child: asyncio.subprocess.Process) -> None:
+    if child.returncode is None:
+        child.kill()
 
 
 def _stopping() -> Interrupted:

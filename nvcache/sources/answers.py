@@ -29,9 +29,14 @@ class Asked:
     stop: int
     size: int
 
+    @property
+    def what(self) -> str:
+        """How every message about it begins."""
+        return f"cannot fetch {self.name} from {self.origin}"
+
     def error(self, code: Code, why: str, *, retryable: bool | None = None) -> SourceError:
         """A `SourceError` about it."""
-        return SourceError(code, f"cannot fetch {self.name} from {self.origin}: {why}", retryable=retryable)
+        return SourceError(code, f"{self.what}: {why}", retryable=retryable)
 
 
 class WrongSizeError(Exception):
@@ -49,14 +54,14 @@ def body_length(status: int, headers: Message, asked: Asked) -> int | None:
     """
     coding = headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
-        raise asked.error(Code.SOURCE_PROTOCOL, f"the answer is {coding[:20]}-coded, which was not asked for")
+        raise asked.error(Code.SOURCE_PROTOCOL, f"the answer has Content-Encoding {coding[:20]!r}, which was not asked for")
     kind = headers.get("Content-Type", "").strip().lower()
     length = headers.get("Content-Length")
     if status == 200:
         if length is None and kind.startswith("text/html") and not asked.name.endswith((".html", ".htm")):
             raise portal(asked)
         if length is not None and length != str(asked.size):
-            raise WrongSizeError(int(length) if length.isdecimal() else -1)
+            raise WrongSizeError(_size(length))
         return None
     if kind.startswith("multipart/"):
         raise asked.error(Code.SOURCE_PROTOCOL, "the answer to one range has several parts")
@@ -73,22 +78,27 @@ def body_length(status: int, headers: Message, asked: Asked) -> int | None:
     return stop - start
 
 
+def _size(text: str) -> int:
+    """A size as a header has it; -1 for what no size can be: Python makes no number of thousands of digits."""
+    return int(text) if re.fullmatch(r"[0-9]{1,19}", text) else -1
+
+
 def unsatisfiable(headers: Message, asked: Asked) -> SourceError | IntegrityError:
     """What a 416 means. Only ranges inside the listed size are asked for, so the file is shorter than that, unless the answer says otherwise."""
     total = headers.get("Content-Range", "").removeprefix("bytes */")
     if total == str(asked.size):
         return asked.error(Code.SOURCE_PROTOCOL, "it refuses a range that is inside the file (416)")
-    return wrong_size(asked, int(total) if total.isdecimal() else -1, b"")
+    return wrong_size(asked, _size(total), b"")
 
 
 def wrong_size(asked: Asked, size: int, head: bytes) -> SourceError | IntegrityError:
     """The error for an answer about `size` bytes (-1: unknown) whose body begins with `head`: a pointer, somebody's web page, or another file."""
     if head.startswith(POINTER):
-        return IntegrityError(Code.POINTER_FILE, f"cannot fetch {asked.name} from {asked.origin}: a git-lfs pointer came instead of the file")
+        return IntegrityError(Code.POINTER_FILE, f"{asked.what}: a git-lfs pointer came instead of the file")
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")) and not asked.name.endswith((".html", ".htm")):
         return portal(asked)
     has = f"has {size:,}" if size >= 0 else "has fewer"
-    what = f"cannot fetch {asked.name} from {asked.origin}: it is listed with {asked.size:,} bytes and {has}"
+    what = f"{asked.what}: it is listed with {asked.size:,} bytes and {has}"
     hint = "so few bytes may be a git-lfs pointer: the mirror lacks its LFS objects" if 0 <= size < 200 < asked.size else None
     return IntegrityError(Code.SIZE_MISMATCH, what, hint=hint)
 

@@ -15,18 +15,24 @@ from nvcache.core.ref import Ref
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference names right now: the same model at an exact revision, and the moving name (`main`) it was found by, if any."""
+    """What a reference names right now: the same model at an exact revision, and the moving name (`main`) it was found by, if any.
+
+    `commit` is the Hub's, where a mirror says which one it is an exact copy of.
+    """
 
     ref: Ref
     name: str | None
     endpoint: str  # where it came from, without credentials, for the manifest
+    commit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HttpRemote:
     """Bytes behind a URL that honours Range. Secrets live in `headers` and in the URL's query; both are kept out of repr, logs and errors.
 
-    `validator` is a strong ETag to send as If-Range, where the source has one before the first request.
+    `validator` is a strong ETag to send as If-Range, where the source has one before the first request; with `match` it is sent as If-Match, and a
+    412 means that the file is another one now. `range_md5` asks for an MD5 of each range (Azure: of at most 4 MiB) and compares it. With `stay` no
+    redirect is followed to another origin.
     """
 
     url: str = field(repr=False)
@@ -35,6 +41,9 @@ class HttpRemote:
     validator: str | None = None
     origin: str = ""  # scheme://host:port of `url`, safe to print
     name: str = ""  # repository path, for messages
+    match: bool = False
+    range_md5: bool = False
+    stay: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,26 +9,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from nvcache.core.digest import Algorithm, Digest
+from nvcache.core.digest import Digest
 from nvcache.core.plan import RemoteFile
+from nvcache.core.published import LIMIT, SUMS, parse_sums
 from nvcache.core.ref import Ref
 from nvcache.errors import Code, Interrupted, SourceError
 from nvcache.sources.base import FileRemote, Reader, ReaderFactory, Resolved
 
-SUMS = "SHA256SUMS"
-SUMS_LIMIT = 64 * 2**20
 MAX_FILES = 100_000
 MAX_FOLDERS = 5_000  # links to folders can multiply them without end
 PIECE = 4 * 2**20  # bytes per read, so that an abort is heeded soon
 Found = tuple[str, os.stat_result, str]  # path below the root, stat, path without links
 _log = logging.getLogger(__name__)
-_SUM_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")
 
 
 class Directory:
@@ -183,26 +180,17 @@ def _stat(entry: os.DirEntry[str], prefix: str, doing: str) -> os.stat_result:
 
 
 def _sums(root: Path, doing: str) -> dict[str, Digest]:
-    """The digests in `SHA256SUMS`, by path; none if there is no such file (coreutils manual, "cksum output modes")."""
+    """The digests in `SHA256SUMS`, by path; none if there is no such file."""
     path = root / SUMS
     if not path.is_file():
         return {}
-    if path.stat().st_size > SUMS_LIMIT:
-        raise SourceError(Code.SOURCE_PROTOCOL, f"cannot {doing}: {SUMS} is longer than {SUMS_LIMIT >> 20} MiB", retryable=False)
-    sums: dict[str, Digest] = {}
-    for number, line in enumerate(path.read_bytes().decode("utf-8", "surrogateescape").splitlines(), 1):
-        if not line or line.startswith("#"):
-            continue
-        parts = _SUM_LINE.fullmatch(line)
-        if parts is None or parts[1]:  # a leading backslash: an escaped name, which is refused as hostile anyway
-            raise SourceError(
-                Code.SOURCE_PROTOCOL,
-                f"cannot {doing}: line {number} of {SUMS} is not '<64 hex digits>  <path>'",
-                hint=f"write it with: sha256sum FILE… > {SUMS}",
-                retryable=False,
-            )
-        sums[parts[3].removeprefix("./")] = Digest(Algorithm.SHA256, parts[2].lower())
-    return sums
+    if path.stat().st_size > LIMIT:
+        raise SourceError(Code.SOURCE_PROTOCOL, f"cannot {doing}: {SUMS} is longer than {LIMIT >> 20} MiB", retryable=False)
+    try:
+        return parse_sums(path.read_bytes())
+    except ValueError as error:
+        hint = f"write it with: sha256sum FILE… > {SUMS}"
+        raise SourceError(Code.SOURCE_PROTOCOL, f"cannot {doing}: {error}", hint=hint, retryable=False) from None
 
 
 def _token(facts: os.stat_result, real: str) -> str:

@@ -19,13 +19,16 @@ _PORTS = {"http": 80, "https": 443}
 class Transport:
     """How to reach sources: plain data, the same for every source. Times in seconds.
 
-    `deadline` is how long one read may go without progress. `proxies` has the keys http, https, all and no, as curl understands them; its values may
-    hold credentials. `ca_file` replaces the system's certificates.
+    `deadline` is how long one read may go without progress; a body has to bring `stall_bytes` within each `stall_timeout`. Without `insists` the
+    first failure of a read is its last. `proxies` has the keys http, https, all and no, as curl understands them; its values may hold credentials.
+    `ca_file` replaces the system's certificates.
     """
 
     connect_timeout: float = 10.0
     stall_timeout: float = 20.0
     deadline: float = 600.0
+    stall_bytes: int = 256 * 1024
+    insists: bool = True
     ca_file: str | None = None
     proxies: dict[str, str] = field(default_factory=dict, repr=False)
     user_agent: str = f"nvcache/{__version__}"
@@ -42,13 +45,17 @@ class Target:
 
     @classmethod
     def parse(cls, url: str) -> Target:
-        """Raises ValueError for anything that is not an http(s) URL with a host. User info in it is dropped."""
+        """Raises ValueError for anything that is not an http(s) URL with a host, quoting nothing of it. User info in it is dropped."""
         parts = urlsplit(url)
         if parts.scheme not in _PORTS or not parts.hostname:
             raise ValueError("not an http(s) URL")
+        try:
+            port = parts.port or _PORTS[parts.scheme]
+        except ValueError:  # which quotes it: of a password with a slash, unquoted, the beginning
+            raise ValueError("its port is no number up to 65535") from None
         path = quote(parts.path or "/", safe="/%:=&~+!$,;'@()*") + (f"?{quote(parts.query, safe='/%:=&~+!$,;?@()*')}" if parts.query else "")
         host = parts.hostname.encode("idna").decode("ascii") if not parts.hostname.isascii() else parts.hostname
-        return cls(parts.scheme, host, parts.port or _PORTS[parts.scheme], path)
+        return cls(parts.scheme, host, port, path)
 
     def join(self, location: str) -> Target:
         """Where a `Location` header leads from here (RFC 9110 §10.2.2: it may be relative). Raises ValueError."""
@@ -64,6 +71,11 @@ class Target:
     def origin(self) -> str:
         """scheme://host[:port]: what credentials belong to and throttling is counted by."""
         return f"{self.scheme}://{self.authority}"
+
+
+def tls_hint(error: ssl.SSLError) -> str | None:
+    """What to do where the other side answers the handshake in another protocol; None: what is to be done for any fault of TLS."""
+    return "it speaks plain http; write http://" if error.reason == "WRONG_VERSION_NUMBER" else None
 
 
 class UnreadableCaError(OSError):

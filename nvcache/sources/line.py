@@ -15,11 +15,13 @@ from contextlib import contextmanager, suppress
 from enum import StrEnum
 
 from nvcache.errors import Code, Interrupted, SourceError
-from nvcache.sources.http import Target, Transport, UnreadableCaError, proxy_authorization, proxy_for, tls_context
+from nvcache.sources.http import Target, Transport, UnreadableCaError, proxy_authorization, proxy_for, tls_context, tls_hint
+from nvcache.sources.pace import Pace
 
-PIECE = 256 * 1024  # bytes a body must bring within the stall timeout
+PIECE = 256 * 1024  # bytes that are worth going on for
 LONG_PIECE = 16 * PIECE  # read at a time while it flows: a fifth less CPU than small pieces over plain http
 FLOWS_S = 0.1  # a piece that takes longer is followed by a small one, so that a slow body is not taken for a stalled one
+LOOK_S = 0.25  # how soon a line that waits for its turn sees that the pace changed
 DRAIN = 64 * 1024  # longest body worth reading to keep a connection
 
 
@@ -82,13 +84,14 @@ class Watchdog:
 class Line:
     """A connection to one origin at a time, used by one thread; `cut` may come from any. `name` is the file's, for messages."""
 
-    def __init__(self, name: str, transport: Transport, watchdog: Watchdog) -> None:
+    def __init__(self, name: str, transport: Transport, watchdog: Watchdog, pace: Pace) -> None:
         self.name, self.stall_timeout = name, transport.stall_timeout
         self.beat = 0.0  # time.monotonic() of the last sign of life
         self.filling = 0  # bytes the running `fill` has got
-        self._transport, self._watchdog = transport, watchdog
+        self._transport, self._watchdog, self._pace = transport, watchdog, pace
         self._lock = threading.Lock()
         self._cut: Cut | None = None
+        self._is_cut = threading.Event()
         self._target: Target | None = None
         self._socket: socket.socket | None = None
         self._http: http.client.HTTPConnection | None = None
@@ -121,17 +124,49 @@ class Line:
             return 0
         with self._watchdog.watch(self):
             try:
-                piece = PIECE
+                piece = least = self._transport.stall_bytes
                 while filled < len(view):
-                    got = response.readinto(view[filled : filled + piece])
+                    want = min(piece, len(view) - filled)
+                    paced = self._pace.rate is not None
+                    if paced:
+                        want = self._in_turn(want)
+                    got = 0
+                    try:
+                        got = response.readinto(view[filled : filled + want])
+                    finally:
+                        if paced and got < want:
+                            self._pace.give_back(want - got)
                     if got == 0:
                         break
                     self.filling, filled, now = filled + got, filled + got, time.monotonic()
-                    piece = min(2 * piece, LONG_PIECE) if now - self.beat < FLOWS_S else PIECE
+                    piece = min(2 * piece, max(least, LONG_PIECE)) if now - self.beat < FLOWS_S else least
                     self.beat = now
             except (OSError, http.client.HTTPException, ValueError) as error:
                 self._broken = self._failure(error, self._target)
         return filled
+
+    def _in_turn(self, want: int) -> int:
+        """How many of `want` bytes may be read, once the pace allows them; 0 if the line is cut first, or none are allowed until the deadline.
+
+        A line that waits for its turn owes no sign of life: its `beat` is ahead of the time meanwhile.
+        """
+        size, turn = self._pace.book(want)
+        until = time.monotonic() + self._transport.deadline
+        while (left := min(self._pace.wait(turn), LOOK_S)) > 0:
+            now = time.monotonic()
+            self.beat = now + left
+            if now >= until:
+                self._broken = self._limited()
+            if self._broken is not None or self._is_cut.wait(left):
+                self._pace.give_back(size)
+                return 0
+        self.beat = time.monotonic()
+        return size
+
+    def _limited(self) -> SourceError:
+        what = f"cannot fetch {self.name} from {self._target.origin if self._target else 'its source'}"
+        why = f"the bandwidth limit ({self._pace.rate or 0:,.0f} bytes/s) let nothing through in {self._transport.deadline:g} s"
+        return SourceError(Code.SOURCE_BUSY, f"{what}: {why}", hint="raise the limit of this source's bandwidth")
 
     def drain(self) -> None:
         """Get a short body out of the way, so that the connection can be kept; a long one costs the connection."""
@@ -154,6 +189,7 @@ class Line:
         """Shut the connection down from any thread: what blocks on it returns."""
         with self._lock:
             self._cut = self._cut or reason
+            self._is_cut.set()
             if self._socket is not None:
                 with suppress(OSError):  # not connected yet, or closed already
                     # not SSLSocket.shutdown: it would take the TLS state away under a thread that reads
@@ -169,6 +205,7 @@ class Line:
             self._socket = self._http = self._response = self._target = self._broken = None
             if self._cut is Cut.STALLED:
                 self._cut = None
+                self._is_cut.clear()
 
     def _reusable(self, target: Target) -> bool:
         same = self._target is not None and self._target.origin == target.origin
@@ -261,7 +298,7 @@ class Line:
         if isinstance(error, UnreadableCaError):
             return SourceError(Code.SOURCE_TLS, f"{what}: the certificates in {self._transport.ca_file} cannot be read")
         if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError) and self._http is None:
-            return SourceError(Code.SOURCE_TLS, f"{what}: no TLS connection: {error.reason}")
+            return SourceError(Code.SOURCE_TLS, f"{what}: no TLS connection: {error.reason}", hint=tls_hint(error))
         if isinstance(error, socket.gaierror):
             return SourceError(Code.SOURCE_UNREACHABLE, f"{what}: its name cannot be resolved: {error.strerror}")
         if isinstance(error, TimeoutError):

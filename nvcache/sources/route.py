@@ -43,7 +43,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where to ask: a URL, the round of resolving it comes from, and the ETag to send as If-Range."""
+    """Where to ask: a URL, and the round of resolving it comes from."""
 
     target: Target
     round: int
@@ -65,7 +65,10 @@ class Route:
         self._strikes = self._fruitless = 0
         self._readers = 0
         self._identity: str | None = None
+        self._match = remote.match
         etag = strong(remote.validator)
+        if etag and remote.match:
+            etag = '"' + etag.strip('"') + '"'  # Azure's listings name it without the quotes that its headers have
         self._etags = {self.origin.origin: etag} if etag else {}
 
     def enter(self, line: Line, offset: int, until: float, aborted: threading.Event) -> tuple[Turn, Place] | None:
@@ -115,7 +118,7 @@ class Route:
                 self.end_stream()
 
     def condition(self, target: Target) -> str | None:
-        """The ETag to send to `target` as If-Range: only one it gave itself, and only in the form the header has (RFC 9110 §13.1.5)."""
+        """The ETag to send to `target` as If-Range or If-Match: only one it gave itself, in the form the header has (RFC 9110 §13.1.1, §13.1.5)."""
         with self._changed:
             etag = self._etags.get(target.origin, "")
         return etag if etag.startswith('"') else None
@@ -123,13 +126,17 @@ class Route:
     def confirm(self, asked: Asked, target: Target, etag: str | None, identity: str | None) -> None:
         """Check what a 200 or 206 from `target` says of its content against what was seen before; `identity` is the Hub's X-Linked-Etag, if any.
 
-        Raises `SourceError` (source-changed). ETags are compared within an origin: two CDN hosts may name the same content differently.
+        Raises `SourceError` (source-changed). ETags are compared within an origin: two CDN hosts may name the same content differently. Where a
+        version was asked for by If-Match, the answer has to be of that one wherever it comes from, and say so (else source-protocol).
         """
         with self._changed:
             if identity and self._identity and identity != self._identity:
                 raise asked.error(Code.SOURCE_CHANGED, "the Hub now names other content for it")
             etag = strong(etag)
-            if etag and self._etags.setdefault(target.origin, etag).strip('"') != etag.strip('"'):
+            if self._match and etag is None:
+                raise asked.error(Code.SOURCE_PROTOCOL, "it does not say which version of the file it sends")
+            origin = self.origin.origin if self._match else target.origin
+            if etag and self._etags.setdefault(origin, etag).strip('"') != etag.strip('"'):
                 raise asked.error(Code.SOURCE_CHANGED, "its ETag is not the one that the first bytes came with")
             self._identity = identity or self._identity
             self._fruitless = 0

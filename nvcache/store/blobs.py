@@ -58,6 +58,18 @@ class Blobs:
             return False
         return os.path.samestat(facts, blob) or (stat.S_ISREG(facts.st_mode) and _stamp(facts) == _stamp(blob))
 
+    def stamps(self, sha256s: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """Inode and time of the last write (ns) of each blob that is there: one whose time changes, but not its inode, was written to.
+
+        Raises `DiskError`.
+        """
+        found = {}
+        for sha256 in sha256s:
+            with disk_errors(f"look at blob {sha256}"), suppress(FileNotFoundError):
+                facts = self._layout.blob(sha256).lstat()
+                found[sha256] = facts.st_ino, facts.st_mtime_ns
+        return found
+
     def link(self, sha256: str, name: str, *, dir_fd: int) -> None:
         """Give the blob one more name, in the open directory `dir_fd`; a file of that name is replaced, atomically, unless it is the blob already.
 
@@ -169,6 +181,12 @@ class Blobs:
                 if _SHA256.fullmatch(sha256) and sha256 not in keep:
                     with suppress(FileNotFoundError):
                         os.unlink(child.path)  # noqa: PTH108 - a DirEntry has a plain path
+
+    def drop_from_quarantine(self, sha256: str) -> None:
+        """Remove a quarantined blob and its note. Raises `DiskError`."""
+        with disk_errors(f"remove blob {sha256} from the quarantine"):
+            for name in (sha256, f"{sha256}{NOTE}"):
+                (self._layout.quarantine / name).unlink(missing_ok=True)
 
     def quarantined_bytes(self) -> int:
         """The size of all that is in quarantine. Raises `DiskError`."""

@@ -20,7 +20,7 @@ from nvcache.core.manifest import Manifest
 from nvcache.core.plan import FillPlan
 from nvcache.core.records import count, flag, reading, text, texts
 from nvcache.core.ref import EntryId, parse_entry
-from nvcache.errors import NvcacheError
+from nvcache.errors import NvcacheError, RequestError
 from nvcache.store.files import disk_errors, durable_write, fsync_path, make_dir
 from nvcache.store.layout import Layout
 
@@ -39,6 +39,8 @@ class EntryState:
     resolved_at: float = 0.0  # unix seconds: when a reference last named this revision; the newest is what a bare slug means
     fill_bytes: int = 0  # what the last fill fetched …
     fill_seconds: float = 0.0  # … and how long it took: the rate a dry run counts with
+    scrubbed: int = 0  # bytes that a scrub which was cut short had read and found right …
+    scrub_began: float = 0.0  # … and when it began, unix seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class Catalog:
 
     def __init__(self, layout: Layout) -> None:
         """Over a store that `Root.open` made."""
+        self.unread: set[Path] = set()  # files that the disk did not give back: what they say is not known, and may be known again
         self._layout = layout
 
     # -- manifests and plans
@@ -69,9 +72,26 @@ class Catalog:
                 found[manifest.id] = manifest
         return found
 
+    def unread_entries(self) -> set[EntryId]:
+        """The entries whose manifest is there and could not be read: nothing of theirs may be taken for garbage."""
+        found = set()
+        for path in self.unread:
+            with suppress(RequestError):  # no manifest of ours
+                if path.parent == self._layout.manifests:
+                    found.add(parse_entry(path.stem))
+        return found
+
     def write_manifest(self, manifest: Manifest) -> None:
         """Make an entry ready: the last step of a fill. Raises `SpaceError`, `DiskError`."""
         self._write(self._layout.manifest(manifest.id), manifest.to_json())
+
+    def keep_manifest(self, manifest: Manifest) -> None:
+        """Write it if it is not there: a removal that failed half-way may have taken it. Raises `SpaceError`, `DiskError`."""
+        path = self._layout.manifest(manifest.id)
+        with disk_errors(f"look for {path}"):
+            there = path.exists()
+        if not there:
+            self.write_manifest(manifest)
 
     def remove_manifest(self, entry: EntryId) -> None:
         """Make an entry not ready; nothing happens when it is not. Raises `DiskError`."""
@@ -170,7 +190,8 @@ class Catalog:
         except FileNotFoundError:
             return None
         except OSError as error:
-            log.warning("cannot read %s: %s", path, error.strerror)
+            log.warning("cannot read %s: %s; what it stands for is left as it is", path, error.strerror)
+            self.unread.add(path)
         except NvcacheError as error:
             self._set_aside(path, str(error))
         return None
@@ -205,6 +226,8 @@ def _state(data: bytes) -> EntryState:
             resolved_at=_number(raw["resolved_at"]),
             fill_bytes=count(raw["fill_bytes"]),
             fill_seconds=_number(raw["fill_seconds"]),
+            scrubbed=count(raw.get("scrubbed", 0)),  # of a store that an older version wrote it is not told
+            scrub_began=_number(raw.get("scrub_began", 0.0)),
         )
 
 

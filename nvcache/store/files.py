@@ -15,7 +15,7 @@ from pathlib import Path
 from nvcache.errors import Code, DiskError, SpaceError
 
 BLOCK = 4096  # offsets, lengths and addresses of direct I/O are multiples of it
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS})
 
 # Not os.posix_fallocate: where the file system has no fallocate(2), glibc emulates it by writing to every block.
@@ -33,7 +33,7 @@ def disk_errors(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or str(error)
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             raise SpaceError(Code.DISK_FULL, f"cannot {doing}: {why}") from error
         raise DiskError(Code.DISK_IO, f"cannot {doing}: {why}", facts={"errno": errno.errorcode.get(error.errno or 0, "unknown")}) from error
 
@@ -104,7 +104,7 @@ def preallocate(fd: int, size: int) -> None:
             os.ftruncate(fd, size)
             return
         os.ftruncate(fd, 0)  # ext4 keeps what it found before it ran out
-        if code in _NO_SPACE | _NOT_SUPPORTED:
+        if code in NO_SPACE | _NOT_SUPPORTED:
             numbers = {"need": size, "free": free}
             raise SpaceError(Code.DISK_FULL, f"cannot reserve {size:,} bytes: the file system has {free:,} bytes free", facts=dict(numbers))
         raise DiskError(Code.DISK_IO, f"cannot reserve {size:,} bytes: {os.strerror(code)}")

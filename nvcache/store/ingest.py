@@ -21,11 +21,12 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nvcache.core.manifest import CHUNK, chunk_count
+from nvcache.core.plan import RemoteFile
 from nvcache.errors import Code, DiskError, IntegrityError
 from nvcache.store import claim, journal
 from nvcache.store.files import BLOCK, aligned_buffer, disk_errors, fsync_path, preallocate, read_at, round_up, set_direct
@@ -37,6 +38,11 @@ _SAFE_TOKEN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _FICLONE = 0x40049409  # linux/fs.h; the fcntl module has no name for it before Python 3.12
 
 log = logging.getLogger(__name__)
+
+
+def ingest_keys(files: Iterable[RemoteFile]) -> set[str]:
+    """The keys of the ingests of `files`."""
+    return {ingest_key(file.token, file.size) for file in files}
 
 
 def ingest_key(token: str, size: int) -> str:
@@ -58,6 +64,8 @@ class Ingest:
         self._folder = layout.ingest_dir(key)
         self._lock = threading.Lock()
         self._chunks: dict[int, int] = {}
+        self._lent: set[int] = set()
+        self._lending = False
         self._home = -1  # the folder, locked
         self._data = -1
         self._journal = -1
@@ -68,13 +76,17 @@ class Ingest:
         self._unsynced_since: float | None = None
 
     @classmethod
-    def open(cls, layout: Layout, key: str, size: int, *, chunk_size: int = CHUNK, direct: bool = True, resume: bool = True) -> Ingest:
+    def open(
+        cls, layout: Layout, key: str, size: int, *, chunk_size: int = CHUNK, direct: bool = True, resume: bool = True, lent: bool = False
+    ) -> Ingest:
         """Resume the ingest of `key` if its size and chunk size are these, else (or with `resume` off) make it anew with its space reserved.
 
-        `direct` False writes through the page cache. Blocks for up to `claim.PATIENCE` while another task, here or in another process, has it open.
+        `direct` False writes through the page cache; `lent`: nobody vouches for what is written now, see `lent_chunks`. Blocks for up to
+        `claim.PATIENCE` while another task, here or in another process, has it open.
         Raises `SpaceError` (disk-full) with nothing left behind, `DiskError` (disk-stalled when that task does not let go).
         """
         ingest = cls(layout, key, size, chunk_size)
+        ingest._lending = lent
         with disk_errors(f"open the ingest {key}"):
             ingest._home = claim.claim(ingest._folder)
             try:
@@ -91,6 +103,11 @@ class Ingest:
         """Chunk index → XXH3-64 of the chunks on the disk, as journalled: to be checked by reading them back."""
         with self._lock:
             return dict(self._chunks)
+
+    def lent_chunks(self) -> frozenset[int]:
+        """The recorded chunks that came from somebody whom nobody vouches for, in this run or an earlier one."""
+        with self._lock:
+            return frozenset(self._lent)
 
     def length_of(self, index: int) -> int:
         """The bytes in chunk `index`: the chunk size, or what is left for the last one."""
@@ -109,8 +126,9 @@ class Ingest:
     def adopt(self, index: int, digest: int) -> None:
         """Record chunk `index`, whose bytes are in place already. Raises `SpaceError`, `DiskError`."""
         with disk_errors(f"write the journal of the ingest {self.key}"), self._lock:
-            self._append(journal.good(self.key, index, digest))
+            self._append(journal.good(self.key, index, digest, lent=self._lending))
             self._chunks[index] = digest
+            (self._lent.add if self._lending else self._lent.discard)(index)
             self._unsynced += self.length_of(index)
 
     def read(self, index: int, buffer: memoryview) -> memoryview:
@@ -126,6 +144,7 @@ class Ingest:
     def forget(self, index: int) -> None:
         """Believe no more in chunk `index`, now and after a restart. Raises `SpaceError`, `DiskError`."""
         with disk_errors(f"write the journal of the ingest {self.key}"), self._lock:
+            self._lent.discard(index)
             if self._chunks.pop(index, None) is not None:
                 self._append(journal.gone(self.key, index))
 
@@ -177,6 +196,7 @@ class Ingest:
         """Throw all chunks away but keep the space: the whole was wrong. Raises `DiskError`."""
         with disk_errors(f"restart the ingest {self.key}"), self._lock:
             self._chunks.clear()
+            self._lent.clear()
             self._unsynced, self._unsynced_since = 0, None
             if self._journal >= 0:
                 self._journal_end = journal.RECORD_BYTES
@@ -213,7 +233,7 @@ class Ingest:
         self._data = os.open("data", os.O_RDWR | os.O_NOFOLLOW, dir_fd=self._home)
         self._journal = os.open("journal", os.O_RDWR | os.O_NOFOLLOW, dir_fd=self._home)
         os.ftruncate(self._journal, found.length)
-        self._chunks, self._journal_end = found.chunks, found.length
+        self._chunks, self._lent, self._journal_end = found.chunks, found.lent, found.length
         return True
 
     def _create(self) -> None:

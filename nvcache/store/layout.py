@@ -7,8 +7,8 @@
     ingest/<key>/{data,journal}       one blob being made            ingest/plans/<entry>.json   what a fill needs
     manifests/<entry>.json            written last: the entry is ready
     models/<slug>/<revision>/…        flat view                      hub/models--org--name/…     HuggingFace view
-    kaito/                            views for KAITO
-    state/<entry>.json  use/<entry>  leases/<id>.json  quarantine/  tmp/
+    kaito/<name>/…                    flat view under the name that KAITO looks for
+    state/<entry>.json  use/<entry>  timelines/<slug>  leases/<id>.json  quarantine/  tmp/
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from nvcache.core.kaito import kaito_name
 from nvcache.core.ref import EntryId, parse_ref
 from nvcache.errors import Code, IntegrityError
 
@@ -90,6 +91,11 @@ class Layout:
         return self.root / "use"
 
     @property
+    def timelines(self) -> Path:
+        """What happened to each model (`store.timeline`)."""
+        return self.root / "timelines"
+
+    @property
     def leases(self) -> Path:
         """Holds on entries."""
         return self.root / "leases"
@@ -113,7 +119,7 @@ class Layout:
         """The blob of that digest, in hex. Raises `IntegrityError` (degraded) when it is not a SHA-256."""
         if not _SHA256.fullmatch(sha256):
             raise IntegrityError(Code.DEGRADED, f"cannot name the blob {sha256[:80]!r}: it is not a SHA-256")
-        return self.blobs / sha256[:2] / sha256
+        return self.root / f"blobs/sha256/{sha256[:2]}/{sha256}"  # one step: it is done for every file, often
 
     def manifest(self, entry: EntryId) -> Path:
         """The file that makes `entry` ready."""
@@ -125,7 +131,7 @@ class Layout:
 
     def view(self, entry: EntryId) -> Path:
         """The flat view of `entry`: what a pod gives to `--model`."""
-        return self.models / entry.slug / entry.revision
+        return self.root / f"models/{entry.slug}/{entry.revision}"
 
     def state_file(self, entry: EntryId) -> Path:
         """Pin, alias and names of `entry`."""
@@ -135,9 +141,17 @@ class Layout:
         """The file whose mtime is the last use of `entry`."""
         return self.use / str(entry)
 
+    def timeline(self, slug: str) -> Path:
+        """What happened to the revisions of `slug`."""
+        return self.timelines / slug
+
     def hub_repo(self, hub_id: str) -> Path:
         """The folder of `org/name` in the HuggingFace view. Raises `RequestError` (bad-reference) when that is not a Hub name."""
         return self.hub / f"models--{parse_ref(f'hf://{hub_id}').location.replace('/', '--')}"
+
+    def kaito_view(self, hub_id: str) -> Path:
+        """The flat view of `org/name` for KAITO. Raises `RequestError` (bad-reference) when that is not a Hub name."""
+        return self.kaito / kaito_name(parse_ref(f"hf://{hub_id}").location)
 
     def ingest_dir(self, key: str) -> Path:
         """The folder of one blob being made; `key` comes from `store.ingest.ingest_key`."""

@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 
 import xxhash
@@ -30,8 +31,13 @@ def write_receipt(layout: Layout, key: str, receipt: Receipt) -> None:
     body = json.dumps({"sha256": receipt.sha256, "chunks": base64.b64encode(receipt.chunks).decode()})
     half = layout.receipts / f".tmp-{secrets.token_hex(8)}"
     with disk_errors(f"note the blob {receipt.sha256}"):
-        half.write_text(json.dumps({"body": body, "check": xxhash.xxh3_64_hexdigest(f"{key}{body}".encode())}))
-        os.replace(half, layout.receipts / key)  # noqa: PTH105 - the same as its neighbours
+        try:
+            half.write_text(json.dumps({"body": body, "check": xxhash.xxh3_64_hexdigest(f"{key}{body}".encode())}))
+            os.replace(half, layout.receipts / key)  # noqa: PTH105 - the same as its neighbours
+        except OSError:
+            with suppress(OSError):  # the first error is the one to tell
+                half.unlink()
+            raise
 
 
 def read_receipt(layout: Layout, key: str) -> Receipt | None:

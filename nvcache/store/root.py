@@ -9,18 +9,20 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nvcache.errors import Code, ConfigError
+from nvcache.errors import Code, ConfigError, DiskError
 from nvcache.store.catalog import Catalog
 from nvcache.store.files import BLOCK, aligned_buffer, disk_errors, durable_write, fsync_path, make_dir, set_direct
-from nvcache.store.ingest import ingest_key
+from nvcache.store.ingest import ingest_keys
 from nvcache.store.layout import Layout
 
 FORMAT = 1
-_OURS_BEFORE_FORMAT = frozenset({".lock", "lost+found"})  # what an empty store may hold: a first start cut short, a fresh ext4
+_OURS_BEFORE_FORMAT = frozenset({".lock", "lost+found"})  # what an empty store may hold: a first start cut short, a fresh ext4,
+_MADE_BEFORE_FORMAT = frozenset({"models", "hub"})  # … and, as long as they are empty, the folders pods mount, made when the stripe was formatted
 _NOT_INGESTS = frozenset({"plans", "receipts"})
 _TEMP = ".tmp-"
 
@@ -38,15 +40,21 @@ class Root:
         self._lock = lock
 
     @classmethod
-    def open(cls, root: Path) -> Root:
-        """Take the store at `root` into use; an empty or missing directory becomes one.
+    def open(cls, root: Path, *, make: bool = True) -> Root:
+        """Take the store at `root` into use; an empty directory becomes one, and a missing one unless `make` is off.
 
         Raises `ConfigError`: store-foreign (something else is there), store-format (not ours to read; untouched), store-locked, store-readonly,
-        store-unfit (the file system lacks what the store needs); `SpaceError`, `DiskError`.
+        store-unfit (the file system lacks what the store needs); `SpaceError`, `DiskError` (no-stripe: it is missing and not to be made).
         """
         layout = Layout(root)
         with _refusals(root):
-            _make_root(root)
+            if make:
+                _make_root(root)
+            elif not root.is_dir():
+                why = f"cannot use the store {root}: it is not there"
+                raise DiskError(
+                    Code.NO_STRIPE, why, hint="the stripe's mount does not reach this process; its container needs HostToContainer propagation"
+                )
             store_id = _recognise(layout)  # before the lock: nothing is made in a directory that is not ours
             lock = _take_lock(layout)
             try:
@@ -72,7 +80,7 @@ class Root:
 
         Only for the start, before anything else uses the store. Raises `DiskError`.
         """
-        needed = {ingest_key(file.token, file.size) for plan in Catalog(self.layout).plans().values() for file in plan.files}
+        needed = {key for plan in Catalog(self.layout).plans().values() for key in ingest_keys(plan.files)}
         with disk_errors(f"sweep the store {self.layout.root}"):
             for child in list(os.scandir(self.layout.tmp)):
                 _remove(child)
@@ -127,7 +135,7 @@ def _recognise(layout: Layout) -> str | None:
     try:
         raw = layout.format_file.read_bytes()
     except FileNotFoundError:
-        foreign = sorted(name for name in _names(layout.root) if name not in _OURS_BEFORE_FORMAT and not name.startswith(_TEMP))
+        foreign = sorted(name for name in _names(layout.root) if not _ours_before_format(layout.root / name))
         if foreign:
             raise ConfigError(Code.STORE_FOREIGN, f"cannot use {layout.root} as a store: it holds {foreign[0]!r} and no format.json") from None
         return None
@@ -139,6 +147,12 @@ def _recognise(layout: Layout) -> str | None:
     if version != FORMAT or not isinstance(store_id, str):
         raise ConfigError(Code.STORE_FORMAT, f"cannot use the store {layout.root}: its format is {version!r}, this version knows {FORMAT}")
     return store_id
+
+
+def _ours_before_format(child: Path) -> bool:
+    if child.name in _MADE_BEFORE_FORMAT:
+        return stat.S_ISDIR(child.lstat().st_mode) and not any(child.iterdir())
+    return child.name in _OURS_BEFORE_FORMAT or child.name.startswith(_TEMP)
 
 
 def _found(layout: Layout) -> str:
@@ -169,7 +183,7 @@ def _take_lock(layout: Layout) -> int:
 
 def _make_folders(layout: Layout) -> None:
     open_to_all = [layout.blobs.parent, layout.blobs, layout.manifests, layout.models, layout.hub, layout.kaito, layout.use]
-    private = [layout.ingest, layout.plans, layout.receipts, layout.state, layout.leases, layout.quarantine, layout.tmp]
+    private = [layout.ingest, layout.plans, layout.receipts, layout.state, layout.timelines, layout.leases, layout.quarantine, layout.tmp]
     for path in open_to_all:
         make_dir(path)
     for path in private:
@@ -233,11 +247,11 @@ def _names(folder: Path) -> set[str]:
 
 
 def _committed(child: os.DirEntry[str]) -> bool:
-    """Whether the ingest became a blob and only its removal was cut short."""
+    """Whether the ingest became a blob and only its removal was cut short, which begins with the data; one without data has nothing to go on with."""
     try:
         return os.lstat(f"{child.path}/data").st_nlink > 1
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return True
 
 
 def _remove(child: os.DirEntry[str]) -> None:

@@ -19,6 +19,7 @@ from nvcache.api.app import create_app
 from nvcache.api.serve import answer
 from nvcache.api.sockets import Listener, listen_tcp, listen_unix
 from nvcache.engine.engine import Engine
+from nvcache.engine.handover import StripeLink
 from nvcache.settings import Settings
 
 WAIT = 20.0
@@ -70,8 +71,8 @@ def ask(connection: http.client.HTTPConnection, method: str, path: str, body: ob
     sent = {**({"Content-Type": "application/json"} if data is not None else {}), **(headers or {})}
     try:
         connection.request(method, path, data, sent)
-        response = connection.getresponse()
-        return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+        with connection.getresponse() as response:
+            return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
     finally:
         connection.close()
 
@@ -137,14 +138,15 @@ class Hosted:
 
 
 class Daemon(Hosted):
-    """The whole daemon but for its signals: the real engine over `settings`, on every socket they name."""
+    """The whole daemon but for its signals: the real engine over `settings`, on every socket they name, following `link` if given."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, link: StripeLink | None = None) -> None:
         super().__init__(settings.socket, self._start, self._end, self._more)
         self.settings = settings
+        self.link = link
 
     async def _start(self) -> FastAPI:
-        self.engine = Engine(self.settings)
+        self.engine = Engine(self.settings, self.link)
         await self.engine.start()
         self.app = create_app(self.engine)
         return self.app

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from nvcache.client import Client, Problem, load_safetensors, prefetch
+from nvcache.client.leases import default_holder
 from nvcache.settings import Settings
 from tests.api.conftest import TOKEN
 from tests.api.harness import WAIT, Daemon
@@ -72,6 +75,8 @@ def test_a_lease_is_held_and_released(daemon: Daemon, model: str) -> None:
         held = client.request("GET", "/v1/leases")["leases"]
         assert [row["holder"] for row in held] == ["me"]
     assert client.request("GET", "/v1/leases") == {"leases": []}
+    with pytest.raises(ValueError, match="the lease is not held"):
+        prefetch(lease)
 
 
 def test_a_lease_renews_itself(daemon: Daemon, model: str) -> None:
@@ -109,6 +114,51 @@ def test_a_lease_outlives_the_daemon(settings_of: Callable[..., Settings], model
         until(lambda: lease.expires > before)
         assert [row["holder"] for row in of(second).request("GET", "/v1/leases")["leases"]] == ["me"]
     lease.__exit__(None, None, None)  # the daemon is gone: the lease is left to run out, nothing is raised
+
+
+def test_a_lease_is_handed_over(daemon: Daemon, model: str) -> None:
+    """From one holder of a pod to the next: it is left for its whole time, found again, and of the revision that the first one was given."""
+    client = of(daemon)
+    entry = client.ensure(model, timeout=WAIT).entry
+    assert entry is not None
+    with client.lease(model, holder="ns/pod", ttl=60, adopt=True) as first:
+        taken = first.expires
+        first.hand_over()
+        assert first.expires > taken
+    assert first.path == ""
+    Path(model.removeprefix("file://"), "config.json").write_text('{"model_type": "other"}')
+    assert client.ensure(model, timeout=WAIT).entry != entry
+    with client.lease_of(entry.partition("@")[0], holder="ns/pod", adopt=True) as second:
+        assert second.entry == entry
+        assert second.id != first.id, "so that whoever had it cannot release it"
+    assert client.request("GET", "/v1/leases") == {"leases": []}
+
+
+def test_a_hand_over_without_the_daemon_leaves_what_time_there_is(settings_of: Callable[..., Settings], model: str) -> None:
+    with Daemon(settings_of()) as running:
+        of(running).ensure(model, timeout=WAIT)
+        lease = of(running).lease(model, holder="me", ttl=60).__enter__()
+    before = lease.expires
+    lease.hand_over()
+    lease.__exit__(None, None, None)
+    assert lease.expires == before
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"NVCACHE_HOLDER": "me", "POD_NAME": "p"}, "me"),
+        ({"POD_NAMESPACE": "ns", "POD_NAME": "p"}, "ns/p"),
+        ({"POD_NAME": "p"}, "p"),
+        ({"POD_NAMESPACE": "ns"}, f"{socket.gethostname()}:{os.getpid()}"),
+    ],
+)
+def test_who_holds_a_lease(env: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("NVCACHE_HOLDER", "POD_NAMESPACE", "POD_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    assert default_holder() == name
 
 
 def test_events_tell_the_state(daemon: Daemon, model: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import resource
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from starlette.responses import Response
 
 from nvcache.api import limits, serve
 from nvcache.api.limits import Lifecycle, Limits, extend
-from tests.api.harness import Daemon, Hosted, UnixConnection
+from nvcache.settings import Settings
+from tests.api.harness import WAIT, Daemon, Hosted, UnixConnection
 
 
 def bounded_app(lifecycle: Lifecycle) -> FastAPI:
@@ -80,7 +82,8 @@ def test_a_body_over_the_limit_is_refused(daemon: Daemon) -> None:
 def test_a_chunked_body_over_the_limit_is_refused(daemon: Daemon) -> None:
     connection = UnixConnection(daemon.socket)
     connection.request("POST", "/v1/models", (b" " * 8192 for _ in range(16)), {"Content-Type": "application/json"}, encode_chunked=True)
-    assert connection.getresponse().status == 413
+    with connection.getresponse() as response:
+        assert response.status == 413
     connection.close()
 
 
@@ -153,3 +156,31 @@ def test_one_connection_serves_many_requests(daemon: Daemon) -> None:
         assert (response.status, response.read()) == (200, b'{"status":"ok"}')
     assert isinstance(connection, http.client.HTTPConnection)
     connection.close()
+
+
+def test_whoever_opens_too_many_connections_loses_the_oldest_and_nobody_else_does(
+    settings_of: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port for probes asks for no token: a flood there must not take the descriptors that the store and the sockets need."""
+    monkeypatch.setattr(serve, "CONNECTIONS", 8)
+    with Daemon(settings_of(listen="127.0.0.1:0", listen_scope="metrics")) as daemon, ExitStack() as stack:
+        pod = UnixConnection(daemon.socket)
+        stack.callback(pod.close)
+        pod.connect()
+        address = daemon.listeners[-1].sock.getsockname()
+        flood = [stack.enter_context(closing(socket.create_connection(address, WAIT))) for _ in range(20)]
+        for dropped in flood[:12]:
+            dropped.settimeout(WAIT)
+            with suppress(ConnectionResetError):
+                assert dropped.recv(1) == b""
+        assert daemon.tcp("GET", "/healthz").status == 200, "a probe still gets through"
+        flood[-1].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert flood[-1].recv(15) == b"HTTP/1.1 200 OK"
+        pod.request("GET", "/v1/models")
+        assert pod.getresponse().status == 200
+
+
+def test_the_connections_of_one_way_are_a_part_of_the_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, most in ((256, 32), (20_000, 1024), (resource.RLIM_INFINITY, 1024)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _which, soft=soft: (soft, soft))
+        assert serve._most_connections() == most

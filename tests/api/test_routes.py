@@ -17,14 +17,14 @@ UNKNOWN = "hf--a--b@" + "1" * 40
 
 def test_health_and_version(daemon: Daemon) -> None:
     assert daemon.ask("GET", "/healthz").json == {"status": "ok"}
-    assert daemon.ask("GET", "/readyz").json == {"ready": True, "problems": []}
+    assert daemon.ask("GET", "/readyz").json == {"ready": True, "problems": [], "degraded": 0}
     assert daemon.ask("GET", "/version").json == {"version": __version__, "api": "v1"}
 
 
 def test_readyz_says_why_not(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon.engine, "problems", lambda: ("the disk does not answer",))
     answer = daemon.ask("GET", "/readyz")
-    assert (answer.status, answer.json) == (503, {"ready": False, "problems": ["the disk does not answer"]})
+    assert (answer.status, answer.json) == (503, {"ready": False, "problems": ["the disk does not answer"], "degraded": 0})
     assert "nvcache_ready 0.0" in daemon.ask("GET", "/metrics").data.decode()
     assert daemon.ask("GET", "/healthz").status == 200
 
@@ -55,6 +55,15 @@ def test_a_ready_model_is_found_by_every_name(daemon: Daemon, model: str) -> Non
         assert daemon.ask("GET", f"/v1/models/{name}").json["entry"] == ready["entry"]
     assert [found["entry"] for found in daemon.ask("GET", "/v1/models?state=ready").json["models"]] == [ready["entry"]]
     assert daemon.ask("GET", "/v1/models?state=failed").json == {"models": []}
+
+
+def test_asking_for_a_model_is_a_use_and_looking_at_it_is_none(daemon: Daemon, model: str) -> None:
+    entry = daemon.ready(model)["entry"]
+    before = daemon.ask("GET", f"/v1/models/{entry}").json["last_used"]
+    assert daemon.ask("PUT", f"/v1/models/{entry}/pin").json["last_used"] == before
+    assert daemon.ask("GET", f"/v1/models/{entry}").json["last_used"] == before
+    assert daemon.ask("GET", f"/v1/models?ref={model}").json["last_used"] <= daemon.ask("GET", f"/v1/models/{entry}").json["last_used"]
+    assert daemon.ask("GET", f"/v1/models/{entry}").json["last_used"] > before
 
 
 def test_a_short_revision_and_a_slug_are_taken_everywhere(daemon: Daemon, model: str) -> None:
@@ -163,7 +172,8 @@ def test_leases_hold_a_model(daemon: Daemon, model: str) -> None:
     assert (lease.json["entry"], lease.json["path"], lease.json["holder"]) == (ready["entry"], ready["path"], "vllm-0")
     refused = daemon.ask("DELETE", f"/v1/models/{ready['entry']}")
     assert (refused.status, refused.code) == (409, "leased")
-    assert "vllm-0" in json.dumps(refused.json)
+    assert refused.json["holders"] == [{"lease": lease.json["lease"], "holder": "vllm-0", "expires": refused.json["holders"][0]["expires"]}]
+    assert "vllm-0" in refused.json["detail"]
     renewed = daemon.ask("PUT", f"{leases}/{lease.json['lease']}", {"ttl_s": 600}).json
     assert datetime.fromisoformat(renewed["expires"]) > datetime.fromisoformat(lease.json["expires"])
     assert daemon.ask("PUT", f"{leases}/{lease.json['lease']}").status == 200  # the body may be left out
@@ -177,8 +187,10 @@ def test_leases_hold_a_model(daemon: Daemon, model: str) -> None:
     "body",
     [
         *({"ttl_s": ttl} for ttl in (0, -1, 1e9, "1")),
-        *({"holder": holder} for holder in ("a\nb", "x" * 201, "\x9b31m", "a\u2029b", "\u202eb", "\u2069")),
+        *({"holder": holder} for holder in ("a\nb", "x" * 401, "\x9b31m", "a\u2029b", "\u202eb", "\u2069")),
         {"who": "x"},
+        {"adopt": True},
+        {"adopt": 1, "holder": "x"},
         b'{"ttl_s": NaN}',
     ],
 )
@@ -231,6 +243,8 @@ def test_space_and_stripe(daemon: Daemon, model: str) -> None:
     space = daemon.ask("GET", "/v1/space").json
     assert space["total"] >= space["free"] > 0
     assert space["limit"] > 0
+    most = min(space["limit"], space["free"] + space["used"] - space["min_free"])
+    assert (space["high_mark"], space["low_mark"]) == (int(most * 0.95), int(most * 0.90))
     assert daemon.ask("GET", "/v1/stripe").json["backend"] == "directory"
 
 
@@ -238,14 +252,17 @@ def test_sources_are_told_without_secrets(daemon: Daemon, monkeypatch: pytest.Mo
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY", "HF_TOKEN", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", "/nowhere")
-    hub, directory = daemon.ask("GET", "/v1/sources").json["sources"]
+    hub, azure, directory = daemon.ask("GET", "/v1/sources").json["sources"]
     assert hub == {"scheme": "hf", "endpoint": "https://huggingface.co", "token": False, "xet": True, "proxies": {}, "no_proxy": False}
     assert (directory["scheme"], directory["endpoint"]) == ("file", None)
+    assert (azure["scheme"], azure["endpoint"], azure["token"]) == ("az", "https://*.blob.core.windows.net", False)
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setenv("HTTPS_PROXY", "http://me:verysecret@proxy.example:3128/")
     monkeypatch.setenv("NO_PROXY", "localhost")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "verysecret")
     answer = daemon.ask("GET", "/v1/sources")
-    hub = answer.json["sources"][0]
+    hub, azure, _ = answer.json["sources"]
+    assert azure["token"]
     assert (hub["token"], hub["proxies"], hub["no_proxy"]) == (True, {"https": "proxy.example:3128"}, True)
     assert b"verysecret" not in answer.data
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from nvcache.api.scope import Caller, Gate, Peer, Scope
+from nvcache.api.scope import METRICS_PATHS, Caller, Gate, Peer, Scope, same_holder
 from nvcache.core.ref import parse_ref
 from nvcache.engine.status import LeaseStatus
-from nvcache.settings import load
+from nvcache.settings import Settings, load
 from tests.api.conftest import TOKEN, make_model
 from tests.api.harness import Daemon
 
@@ -24,6 +26,7 @@ ADMIN_ONLY = [
     ("POST", f"/v1/models/{ENTRY}/verify", None),
     ("GET", "/v1/leases", None),
     ("DELETE", "/v1/jobs/1", None),
+    ("POST", "/v1/evict", {"need_bytes": 1}),
 ]
 POD_MORE = [
     ("POST", "/v1/models", {"ref": "a/b"}),
@@ -52,7 +55,9 @@ def test_pods_look_up_but_do_not_administrate(guarded: Daemon) -> None:
 
 def test_a_refusal_says_what_of_whom_and_where_to_go(guarded: Daemon, model: str) -> None:
     for (method, path, body), doing in zip(
-        ADMIN_ONLY, (f"remove {ENTRY}", f"pin {ENTRY}", f"unpin {ENTRY}", f"verify {ENTRY}", "list the leases", "cancel job 1"), strict=True
+        ADMIN_ONLY,
+        (f"remove {ENTRY}", f"pin {ENTRY}", f"unpin {ENTRY}", f"verify {ENTRY}", "list the leases", "cancel job 1", "evict models"),
+        strict=True,
     ):
         document = guarded.ask(method, path, body).json
         assert document["detail"] == f"cannot {doing}: this socket may only ask, warm and lease"
@@ -105,6 +110,62 @@ def test_a_pod_cannot_touch_another_s_lease(guarded: Daemon, model: str) -> None
     assert guarded.admin("DELETE", f"/v1/models/{entry}/leases/{lease}").status == 204
 
 
+def test_a_pod_s_next_process_adopts_its_lease(guarded: Daemon, model: str) -> None:
+    """By user and words: the process is another one. What the admin socket took under the same words is another user's."""
+    entry = guarded.ready(model)["entry"]
+    slug = entry.partition("@")[0]
+    words = {"holder": "default/vllm-0", "adopt": True}
+    others = guarded.admin("POST", f"/v1/models/{entry}/leases", {"holder": "uid=4242/pid=1/default/vllm-0"}).json
+    before = {"holder": f"uid={os.geteuid()}/pid=99999999/default/vllm-0", "ttl_s": 5}
+    first = guarded.admin("POST", f"/v1/models/{entry}/leases", before).json
+    last = first["lease"]
+    for name in (entry, slug):
+        adopted = guarded.ask("POST", f"/v1/models/{name}/leases", {**words, "ttl_s": 600})
+        assert (adopted.status, adopted.json["entry"]) == (201, entry)
+        assert adopted.json["holder"] == f"uid={os.geteuid()}/pid={os.getpid()}/default/vllm-0"
+        assert datetime.fromisoformat(adopted.json["expires"]) > datetime.fromisoformat(first["expires"])
+        for method in ("PUT", "DELETE"):  # a process that ends late lets go of nothing that is another's by now
+            assert guarded.ask(method, f"/v1/models/{entry}/leases/{last}", {} if method == "PUT" else None).code == "unknown-lease"
+        last = adopted.json["lease"]
+        assert {row["lease"] for row in guarded.admin("GET", "/v1/leases").json["leases"]} == {last, others["lease"]}
+    for wish in ({**words, "holder": "default/vllm-1"}, {"holder": "default/vllm-0"}):
+        assert guarded.ask("POST", f"/v1/models/{entry}/leases", wish).json["lease"] not in (last, others["lease"])
+
+
+def test_a_slug_alone_is_adopted_and_not_taken(guarded: Daemon, model: str) -> None:
+    """Which revision the pod was given cannot be told from it: the last one resolved may be another pod's."""
+    entry = guarded.ready(model)["entry"]
+    slug = entry.partition("@")[0]
+    assert guarded.ask("POST", f"/v1/models/{slug}/leases", {"holder": "default/vllm-0", "adopt": True}).code == "unknown-lease"
+    assert guarded.ask("POST", f"/v1/models/{slug}/leases", {"holder": "default/vllm-0"}).json["entry"] == entry
+
+
+def test_what_ran_out_is_not_adopted(guarded: Daemon, model: str) -> None:
+    entry = guarded.ready(model)["entry"]
+    wish = {"holder": "default/vllm-0", "adopt": True, "ttl_s": 1}
+    first = guarded.ask("POST", f"/v1/models/{entry}/leases", wish).json
+    while datetime.now(UTC) < datetime.fromisoformat(first["expires"]):
+        threading.Event().wait(0.05)
+    assert guarded.ask("POST", f"/v1/models/{entry}/leases", wish).json["lease"] != first["lease"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("uid=1/pid=2/a", "uid=1/pid=3/a", True),
+        ("uid=1/pid=2/a", "uid=1/a", True),
+        ("tcp/a", "tcp/a", True),
+        ("a", "a", True),
+        ("uid=1/pid=2/a", "uid=11/pid=2/a", False),
+        ("uid=1/pid=2/a", "uid=1/pid=2/b", False),
+        ("uid=1/pid=2/a", "a", False),
+        ("uid=1/pid=2/pid=3/a", "uid=1/pid=2/a", False),
+    ],
+)
+def test_holders_are_the_same_by_user_and_words(one: str, other: str, same: bool) -> None:
+    assert same_holder(one, other) is same
+
+
 def test_owning_is_by_user_and_not_by_a_prefix_of_one() -> None:
     lease = LeaseStatus("1", ENTRY, Caller(Scope.POD, "uid=10/", 7).holder("a"), "/", None, datetime.now(UTC))
     assert Caller(Scope.POD, "uid=10/", 8).owns(lease)
@@ -130,10 +191,20 @@ def test_a_pod_cannot_pretend_to_be_another_holder() -> None:
         ("hf://org/name@v1", "org/name", False),
         ("HF://org/*", "org/name", False),
         ("hf://*", "file:///etc/x", False),
+        ("az://acct/models/*", "az://acct/models/a/b", True),
+        ("az://acct/models/*", "https://acct.blob.core.windows.net/models/a@2026-01-31T12:00:00Z", True),
+        ("az://acct/models/*", "az://acct/models", False),
+        ("az://*/models/*", "az://acct/models/x", True),
+        ("az://*/models/*", "az://acct/secrets/models/x", False),
+        ("az://acct/models/llama*", "az://acct/models/llama-3", True),
+        ("az://acct/models/llama*", "az://acct/models/llama-3/secret", False),
+        ("https://*.blob.core.usgovcloudapi.net/models/*", "https://a.blob.core.usgovcloudapi.net/models/x", True),
+        ("https://*.blob.core.usgovcloudapi.net/models/*", "https://evil.example/cont/x.blob.core.usgovcloudapi.net/models/y", False),
+        ("hf://*", "az://acct/models/x", False),
     ],
 )
 def test_allow_patterns(pattern: str, ref: str, may: bool, place: Path) -> None:
-    gate = Gate(load(flags={"allow": (pattern,)}, environ={"HOME": str(place)}), os.geteuid())
+    gate = Gate(load(environ={"HOME": str(place)}), os.geteuid(), lambda: (pattern,))
     assert gate.may_warm(Caller(Scope.POD, "uid=1/"), parse_ref(ref)) is may
     assert gate.may_warm(Caller(Scope.ADMIN, "uid=1/"), parse_ref(ref))
 
@@ -167,3 +238,37 @@ def test_the_token_has_the_configured_scope_and_is_read_anew(guarded: Daemon, pl
     assert guarded.tcp("GET", "/v1/space", headers={"Authorization": "Bearer "}).status == 401
     (place / "token").unlink()
     assert guarded.tcp("GET", "/v1/space", headers={"Authorization": "Bearer rotated"}).status == 401
+
+
+@pytest.fixture
+def metered(settings_of: Callable[..., Settings], place: Path) -> Iterator[Daemon]:
+    """A daemon whose TCP port is for probes and scrapers, without a token."""
+    settings = settings_of(listen="127.0.0.1:0", listen_scope="metrics", allow=(f"file://{place}/origin/*",))
+    with Daemon(settings) as running:
+        yield running
+
+
+def test_in_scope_metrics_tcp_answers_probes_and_scrapes_without_a_token_and_names_no_model(metered: Daemon, model: str) -> None:
+    entry = metered.ready(model)["entry"]
+    assert entry in metered.ask("GET", "/v1/models").data.decode(), "the test must know what a name looks like"
+    for path in METRICS_PATHS:
+        for headers in ({}, {"Authorization": "Bearer whatever"}):
+            answer = metered.tcp("GET", path, headers=headers)
+            assert answer.status == 200, path
+            assert "tiny" not in answer.data.decode(), path
+    assert "nvcache_models" in metered.tcp("GET", "/metrics").data.decode()
+
+
+def test_in_scope_metrics_tcp_answers_nothing_else(metered: Daemon, model: str) -> None:
+    metered.ready(model)
+    paths = [path for path in [*LOOK_UPS, *OPEN] if path not in METRICS_PATHS]
+    others = [("GET", path, None) for path in [*paths, "/v1/models?ref=a/b", "/v1", "/nothing", "/metrics/", "//metrics", "/v1/models/../../metrics"]]
+    others += [("POST", "/v1/models", {"dry_run": "malformed"}), *ADMIN_ONLY, *POD_MORE]
+    for method, path, body in others:
+        answer = metered.tcp(method, path, body, {"Authorization": f"Bearer {TOKEN}"})
+        assert (answer.status, answer.code) == (403, "not-allowed"), (method, path)
+        assert "/healthz, /metrics, /readyz, /version and nothing else" in answer.json["detail"]
+        assert "listen_scope" in answer.json["hint"]
+    assert metered.tcp("POST", "/metrics").status == 405
+    for path in LOOK_UPS:
+        assert metered.ask("GET", path).status == 200, "the sockets have the scopes they had"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +21,8 @@ from typing import IO
 import pytest
 
 from nvcache import __version__
+from nvcache.engine.handover import StripeState, StripeStatus
+from nvcache.engine.stripefile import StripeFiles
 from tests.api.harness import UnixConnection, ask
 from tests.support.faults import Kind
 from tests.support.hub import HubServer
@@ -26,9 +32,10 @@ START = 20.0
 
 
 @contextmanager
-def served(place: Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """A daemon of `place`, killed at the end if it still runs."""
-    command = [sys.executable, "-m", "nvcache", "serve", "--store", str(place / "store"), "--socket", str(place / "x.sock"), "--workers", "1", *flags]
+def served(place: Path, *flags: str, store: bool = True) -> Iterator[subprocess.Popen[str]]:
+    """A daemon of `place`, killed at the end if it still runs; with `store` its store is there."""
+    own = ["--store", str(place / "store")] if store else []
+    command = [sys.executable, "-m", "nvcache", "serve", *own, "--socket", str(place / "x.sock"), "--workers", "1", *flags]
     environment = {"PATH": os.environ["PATH"], "HOME": str(place)}
     process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2])
     try:
@@ -189,3 +196,78 @@ def _fetching(place: Path, job: str) -> str:
         assert time.monotonic() < end_of_patience
         pause.wait(0.05)
     return str(found["entry"])
+
+
+def test_a_daemon_that_follows_is_up_before_there_is_a_stripe_and_serves_when_it_comes(place: Path) -> None:
+    files = StripeFiles(place / "run" / "disks")
+    with served(place, "--follow", "--run-directory", str(place / "run" / "disks")) as process:
+        assert first_line(process.stdout).startswith(f"nvcache {__version__} ready on unix://{place}/x.sock; no store yet: ")
+        answer = ask(UnixConnection(place / "x.sock"), "GET", "/readyz")
+        assert (answer.status, answer.json["ready"]) == (503, False)
+        (place / "mnt" / "store").mkdir(parents=True)
+        files.publish(StripeState(7, StripeStatus.MOUNTED, fs_uuid="uuid-a", store=str(place / "mnt" / "store")))
+        _wait_for(place, 200)
+        files.publish(StripeState(8, StripeStatus.WITHDRAWING, "N04", "it failed"))
+        assert files.wait_acknowledged(8, 5)
+        assert "N04" in _wait_for(place, 503)
+        code, seconds, _, err = end(process)
+    assert (code, "Traceback" in err) == (0, False), err
+    assert seconds < 5
+    assert '"code": "N04"' in err or "N04" in err, "one line in the log for each state"
+
+
+def test_a_daemon_that_keeps_its_own_stripe_is_up_without_one(place: Path) -> None:
+    """On a machine without eligible disks; a real stripe needs real disks."""
+    own = ("--backend", "md", "--mount", str(place / "mnt"), "--run-directory", str(place / "run"), "--min-disk", "1000TB", "--settle-seconds", "0")
+    with served(place, *own, store=False) as process:
+        assert first_line(process.stdout).startswith(f"nvcache {__version__} ready on")
+        assert "the stripe is absent" in _wait_for(place, 503)
+        code, seconds, _, err = end(process)
+    assert (code, "Traceback" in err) == (0, False), err
+    assert seconds < 10
+
+
+def test_probes_and_scrapers_need_no_token_file(place: Path) -> None:
+    with served(place, "--listen", "127.0.0.1:0", "--listen-scope", "metrics") as process:
+        line = first_line(process.stdout)
+        address = next(word for word in line.replace(",", " ").replace(";", " ").split() if word.startswith("http://"))
+        with urllib.request.urlopen(f"{address}/healthz", timeout=10) as found:
+            assert found.status == 200
+        with pytest.raises(urllib.error.HTTPError) as refused, urllib.request.urlopen(f"{address}/v1/models", timeout=10):
+            pass
+        with refused.value as problem:
+            assert (problem.code, json.loads(problem.read())["code"]) == (403, "not-allowed")
+        code, _, _, err = end(process)
+    assert (code, "Traceback" in err) == (0, False), err
+
+
+def test_a_directory_on_the_os_disk_ends_the_start(place: Path) -> None:
+    with served(place, "--backend", "directory", "--store", "/etc/nvcache", store=False) as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode != 0, out) == (True, "")
+    assert "P01" in err
+    assert not Path("/etc/nvcache").exists()
+    assert not (place / "x.sock").exists()
+
+
+def _wait_for(place: Path, status: int) -> str:
+    """The answer of /readyz once it has that status."""
+    until = time.monotonic() + START
+    never = threading.Event()
+    while (answer := ask(UnixConnection(place / "x.sock"), "GET", "/readyz")).status != status:
+        assert time.monotonic() < until, answer
+        never.wait(0.1)
+    return answer.data.decode()
+
+
+def test_the_daemon_allows_itself_the_descriptors_that_it_may_have(place: Path) -> None:
+    """Shells and container runtimes begin with 1024 and allow more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        with served(place) as process:
+            first_line(process.stdout)
+            assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)
+            end(process)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -161,3 +161,32 @@ def test_a_port_in_use_is_refused() -> None:
         sockets.listen_tcp(f"127.0.0.1:{first.sock.getsockname()[1]}")
     assert caught.value.code is Code.SOCKET_IN_USE
     first.remove()
+
+
+def test_every_address_is_of_both_families() -> None:
+    listener = sockets.listen_tcp("[::]:0")
+    try:
+        for host in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() and _has_address("::1") else [])):
+            with socket.create_connection((host, listener.sock.getsockname()[1]), timeout=5) as caller:
+                assert caller.getpeername()[0] == host
+    finally:
+        listener.remove()
+
+
+def _has_address(host: str) -> bool:
+    with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def test_every_address_is_of_ipv4_where_the_kernel_has_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_ipv6", False)
+    listener = sockets.listen_tcp("[::]:0")
+    try:
+        assert listener.sock.family is socket.AF_INET
+        assert listener.url.startswith("http://0.0.0.0:")
+    finally:
+        listener.remove()

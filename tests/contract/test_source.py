@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +10,12 @@ from dataclasses import replace
 
 import pytest
 
-from nvcache.core.digest import git_blob_header
 from nvcache.core.names import check_names
 from nvcache.core.plan import RemoteFile
 from nvcache.errors import Interrupted, SourceError
 from nvcache.sources.base import Reader, remote_from_dict, remote_to_dict
 from nvcache.sources.open import open_remote
-from tests.contract.conftest import TOKEN, Subject, Tools
+from tests.contract.conftest import Subject, Tools
 
 
 def test_resolve_pins_a_revision(subject: Subject) -> None:
@@ -31,8 +29,8 @@ def test_resolve_pins_a_revision(subject: Subject) -> None:
 
 
 def test_a_moving_name_is_told(subject: Subject) -> None:
-    """The Hub's branch that was followed is named; a directory has none."""
-    assert subject.source.resolve(subject.ref).name == ("main" if subject.lfs else None)
+    """The Hub's branch that was followed is named; directories and blobs have none."""
+    assert subject.source.resolve(subject.ref).name == subject.name
 
 
 def test_list_is_complete_and_stable(subject: Subject) -> None:
@@ -46,16 +44,11 @@ def test_list_is_complete_and_stable(subject: Subject) -> None:
 
 
 def test_list_gives_the_digests_that_are_published(subject: Subject) -> None:
-    """LFS: SHA-256 of the content; plain files: git's blob id; a directory: what SHA256SUMS says, else nothing."""
+    """LFS: SHA-256 of the content; plain files: git's blob id; directories and blobs: what stands beside them, else nothing."""
     for file in _list(subject):
-        content = subject.files[file.path].read_bytes()
-        sha256, blob = hashlib.sha256(content).hexdigest(), hashlib.sha1(git_blob_header(len(content)) + content).hexdigest()
-        if subject.lfs:
-            wanted = f"sha256:{sha256}" if file.path.endswith(".safetensors") else f"git-sha1:{blob}"
-            assert file.token == wanted.partition(":")[2]
-        else:
-            wanted = f"sha256:{sha256}" if subject.sums and file.path != "SHA256SUMS" else "None"
-        assert str(file.digest) == wanted, file.path
+        assert str(file.digest) == subject.digest(file.path), file.path
+        if subject.digests == "hub":
+            assert file.token == subject.digest(file.path).partition(":")[2]
 
 
 def test_bytes_are_right_at_odd_offsets(subject: Subject, tools: Tools) -> None:
@@ -113,17 +106,17 @@ def test_a_missing_model_is_named(subject: Subject) -> None:
     assert caught.value.code is subject.missing
     assert not caught.value.retryable
     assert gone.location in str(caught.value)
-    _no_secret(caught.value)
+    _no_secret(subject, caught.value)
 
 
 def test_a_missing_revision_is_named(subject: Subject) -> None:
     """A name the model does not have, or a listing it no longer has, when resolved or at the latest when listed."""
-    lost = subject.ref.at("no-such-name" if subject.lfs else "0" * 64)
+    lost = subject.ref.at("no-such-name" if subject.name else "0" * 64)
     with pytest.raises(SourceError) as caught:
         subject.source.resolve(lost)
     assert caught.value.code is subject.lost_revision
     assert not caught.value.retryable
-    _no_secret(caught.value)
+    _no_secret(subject, caught.value)
 
 
 def test_nothing_printable_holds_a_secret(subject: Subject) -> None:
@@ -131,7 +124,7 @@ def test_nothing_printable_holds_a_secret(subject: Subject) -> None:
     resolved = subject.source.resolve(subject.ref)
     files = subject.source.list(resolved)
     remotes = [subject.source.locate(resolved, file) for file in files]
-    assert TOKEN not in repr((resolved, files, remotes))
+    assert not [secret for secret in subject.secrets if secret in repr((resolved, files, remotes))]
 
 
 def _list(subject: Subject) -> tuple[RemoteFile, ...]:
@@ -151,5 +144,6 @@ def _read(reader: Reader, start: int, stop: int) -> bytes:
     return bytes(into)
 
 
-def _no_secret(error: SourceError) -> None:
-    assert TOKEN not in f"{error!r} {error} {error.hint} {error.facts}"
+def _no_secret(subject: Subject, error: SourceError) -> None:
+    told = f"{error!r} {error} {error.hint} {error.facts}"
+    assert not [secret for secret in subject.secrets if secret in told]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ from nvcache import settings
 from nvcache.core.manifest import Selection
 from nvcache.core.ref import parse_ref
 from nvcache.engine.engine import Engine
+from nvcache.engine.handover import StripeLink, StripeState, StripeStatus
 from nvcache.engine.status import EnsureRequest, JobStatus, ModelStatus
+from nvcache.engine.stripefile import FollowedFile, StripeFiles
 from tests.support.hub import HubServer
 from tests.support.repo import Repo
 
@@ -31,11 +34,11 @@ class Bed:
         self.place, self.hub, self.store = place, hub, place / "store"
 
     @asynccontextmanager
-    async def engine(self, **given: Any) -> AsyncIterator[Engine]:
-        """A running engine; small timeouts, so that what goes wrong goes wrong quickly."""
+    async def engine(self, link: StripeLink | None = None, **given: Any) -> AsyncIterator[Engine]:
+        """A running engine, following `link` if given; small timeouts, so that what goes wrong goes wrong quickly."""
         flags = {"workers": 1, "stall_timeout": 1.0, "fetch_deadline": 3.0, "connect_timeout": 1.0, "resolve_ttl": 0.0, **given}
         flags = {"store": self.store, "socket": self.place / "s.sock", "hf_endpoint": self.hub.url, **flags}
-        engine = Engine(settings.load(flags=flags, environ={}, uid=1000))
+        engine = Engine(settings.load(flags=flags, environ={}, uid=1000), link)
         await engine.start()
         try:
             yield engine
@@ -47,6 +50,40 @@ class Bed:
         """Every file any view shows, by its path below the store."""
         found = [*self.store.glob("models/*/*/**/*"), *self.store.glob("hub/models--*/snapshots/*/**/*")]
         return {str(path.relative_to(self.store)): path.read_bytes() for path in found if path.is_file()}
+
+
+class DisksPart:
+    """Plays the disks process: says in stripe.json what the stripe is, and looks for the answer. Each call that speaks returns the generation."""
+
+    def __init__(self, place: Path) -> None:
+        self.directory = place / "run" / "disks"
+        self.files = StripeFiles(self.directory)
+        self.link = FollowedFile(self.directory)
+        self.generation = self.files.next_generation()
+
+    def say(self, state: StripeStatus, code: str | None = None, reason: str = "", **more: Any) -> int:
+        """Publish a state."""
+        self.generation += 1
+        self.files.publish(StripeState(self.generation, state, code, reason, **more))
+        return self.generation
+
+    def mounted(self, store: Path, fs_uuid: str, **details: object) -> int:
+        """The stripe is there; `store` is made as formatting makes it."""
+        for folder in ("models", "hub"):
+            (store / folder).mkdir(parents=True, exist_ok=True)
+        return self.say(StripeStatus.MOUNTED, reason="our stripe is mounted", fs_uuid=fs_uuid, store=str(store), details=details)
+
+    async def acknowledged(self, seconds: float) -> float:
+        """Wait for the answer to the last word; how long it took."""
+        began = time.monotonic()
+        assert await asyncio.to_thread(self.files.wait_acknowledged, self.generation, seconds), "the engine did not let go"
+        return time.monotonic() - began
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> DisksPart:
+    """The other side of a followed stripe."""
+    return DisksPart(tmp_path)
 
 
 @pytest.fixture

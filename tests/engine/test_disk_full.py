@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from nvcache.core.states import ModelState
+from nvcache.engine.handover import PlainDirectory
 from nvcache.engine.status import JobStatus
 from nvcache.errors import Code
 from tests.engine.conftest import Bed, end_of, ready, repo, run, until, weights, wish
+from tests.support.disks import unmount
 from tests.support.faults import Kind
 from tests.support.hub import HubServer
 
@@ -30,7 +34,7 @@ def small(tmp_path: Path) -> Iterator[Bed]:
             bed.store = place / "store"
             yield bed
     finally:
-        subprocess.run(["umount", place], check=True)
+        unmount(place)
 
 
 def test_the_disk_fills_up_under_a_fill(small: Bed) -> None:
@@ -70,5 +74,62 @@ def test_a_full_disk_is_told_before_a_byte_is_fetched(small: Bed) -> None:
             assert ended.error.code in (Code.FULL, Code.TOO_LARGE)
             assert "60" in ended.error.message
             assert small.hub.bytes_sent() == 0
+
+    run(test())
+
+
+def test_others_on_the_disk_keep_what_they_need(small: Bed) -> None:
+    """As beside a kubelet, which evicts pods when less is free: what was admitted makes room by evicting, and so does what others take."""
+    keep = 15 * MB
+    for seed, name in enumerate("abcdefghij"):
+        small.hub.repos[f"acme/{name}"] = repo({"model.safetensors": weights(seed, 10 * MB)})
+
+    def free() -> int:
+        facts = os.statvfs(small.store)
+        return facts.f_bavail * facts.f_frsize
+
+    async def test() -> None:
+        async with small.engine(PlainDirectory(small.store, keep_free=keep), max_bytes=95 * MB, evict_high=1.0, evict_low=1.0) as engine:
+            assert engine.session is not None
+            for name in "abcdefghij":
+                await ready(engine, f"acme/{name}")
+                assert free() >= keep
+            kept = len(engine.models(ModelState.READY))
+            assert kept < 10
+            (small.store.parent / "theirs").write_bytes(b"\0" * 12 * MB)
+            assert free() < keep
+            await engine.session.evictor.keep_to_marks()
+            assert free() >= keep
+            assert 0 < len(engine.models(ModelState.READY)) < kept
+            for model in engine.models(ModelState.READY):
+                await engine.lease(model.entry, "pod", 600)
+            ended = await end_of(engine, await engine.ensure(wish("acme/a")))
+            assert ended.error is not None
+            assert ended.error.code is Code.FULL
+            assert free() >= keep
+
+    run(test())
+
+
+def test_on_a_full_disk_no_model_goes_that_a_process_reads(small: Bed) -> None:
+    """Its bytes would stay for as long as the process has them: one after the other would go, and the disk be as full as before."""
+    for seed, name in enumerate("abcd"):
+        small.hub.repos[f"acme/{name}"] = repo({"model.safetensors": weights(seed, 20 * MB)})
+
+    async def test() -> None:
+        async with small.engine(max_bytes=95 * MB, evict_high=0.9, evict_low=0.8) as engine, AsyncExitStack() as open_files:
+            assert engine.session is not None
+            for name in "abc":
+                status = await ready(engine, f"acme/{name}")
+                open_files.enter_context((Path(status.path or "") / "model.safetensors").open("rb"))
+            (small.store.parent / "theirs").write_bytes(b"\0" * 35 * MB)
+            await engine.session.evictor.keep_to_marks()
+            ended = await end_of(engine, await engine.ensure(wish("acme/d")))
+            assert ended.error is not None
+            assert ended.error.code is Code.FULL
+            assert "open in a process" in ended.error.message
+            assert len(engine.models(ModelState.READY)) == 3
+            await open_files.aclose()
+            await ready(engine, "acme/d")
 
     run(test())

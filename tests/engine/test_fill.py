@@ -143,18 +143,20 @@ def test_too_large_is_refused_at_once_with_numbers(bed: Bed) -> None:
     run(test())
 
 
-def test_full_just_now_leaves_the_others_alone(bed: Bed) -> None:
+def test_full_just_now_leaves_what_is_held_alone(bed: Bed) -> None:
     bed.hub.repos["acme/one"] = repo()
     bed.hub.repos["acme/two"] = repo({"model.safetensors": weights(2, 40_000_000)})
 
     async def test() -> None:
         async with bed.engine(max_bytes=60_000_000) as engine:
             one = await ready(engine, "acme/one")
+            lease = await engine.lease("acme/one", "the pod", 600)
             ended = await end_of(engine, await engine.ensure(wish("acme/two")))
             assert ended.error is not None
             assert ended.error.code is Code.FULL
+            assert bed.hub.bytes_sent("acme/two/*") == 0, "it is not begun on"
             assert (await engine.model(one.entry)).state is ModelState.READY
-            await engine.remove(one.entry)
+            await engine.release("acme/one", lease.lease)
             await ready(engine, "acme/two")
 
     run(test())

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,42 @@ def test_pinned_and_leased_models_are_not_removed(daemon, tiny):
     assert (gone.returncode, gone.stdout) == (3, "")
 
 
+def test_leases_are_seen_and_broken_by_an_operator(daemon, tiny):
+    with client.Client(f"unix://{daemon.socket}").lease(TINY, holder="ns/vllm-0", ttl=600) as lease:
+        shown = daemon.cli("show", TINY).stdout
+        assert f"ns/vllm-0 until {lease.expires:%Y-%m-%dT%H:%M}" in shown
+        [line] = [line for line in daemon.cli("leases").stdout.splitlines() if "ns/vllm-0" in line]
+        assert line.startswith(lease.id[:12])
+        assert "(in " in line, "how long it has"
+        (told,) = json.loads(daemon.cli("show", TINY, "--json").stdout)["holders"]
+        assert (told["lease"], told["holder"]) == (lease.id, "ns/vllm-0")
+        refused = daemon.cli("rm", TINY)
+        assert (refused.returncode, "ns/vllm-0" in refused.stderr) == (10, True)
+        assert daemon.cli("leases", "--break", lease.id[:8]).returncode == 0
+        assert lease.id not in daemon.cli("leases", "--json").stdout
+        assert daemon.cli("rm", TINY).returncode == 0
+    assert daemon.cli("warm", TINY).returncode == 0
+
+
+def test_evict_says_what_would_go_and_why_it_cannot(daemon, tiny):
+    here = {model["entry"] for model in json.loads(daemon.cli("ls", "--json").stdout)["models"] if model["state"] == "ready"}
+    plan = json.loads(daemon.cli("evict", "--dry-run", "--need", "2GB", "--json").stdout)
+    assert (plan["in_the_way"], {victim["entry"] for victim in plan["victims"]}) == ([], here)
+    assert tiny.is_dir(), "nothing is removed"
+    assert daemon.cli("pin", TINY).returncode == 0
+    seen = daemon.cli("evict", "--dry-run", "--need", "140GB")
+    assert seen.returncode == 7
+    assert re.search(r"^hf--acme--tiny@\S+ .* pinned$", seen.stdout, re.MULTILINE)
+    full = daemon.cli("evict", "--need", "1999MB")
+    assert (full.returncode, "pinned" in full.stderr, tiny.is_dir()) == (7, True, True)
+    never = daemon.cli("evict", "--need", "140GB")
+    assert never.returncode == 7
+    assert "an empty cache could hold 2.0 GB" in never.stderr
+    assert daemon.cli("unpin", TINY).returncode == 0
+    assert daemon.cli("evict", "--need", "1999MB").returncode == 0
+    assert not tiny.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
@@ -302,7 +339,11 @@ def test_timeout_is_exit_8_and_the_fill_goes_on(daemon, stalled):
 def waiting_for(daemon: DaemonProcess, ref: str) -> subprocess.Popen[str]:
     """A `warm` that is told to wait, once it has said that it does."""
     command = [sys.executable, "-m", "nvcache", "warm", ref, "--timeout", "90"]
-    process = subprocess.Popen(command, env=daemon.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it, and so what they start
+    try:
+        process = subprocess.Popen(command, env=daemon.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     assert ref in process.stderr.readline()
     return process

@@ -28,7 +28,8 @@ def test_fifty_kills(tmp_path: Path) -> None:
     repo = Repo.of_directory(source)
     checker = Checker(tmp_path / "store", source)
     moments = random.Random(20261121)
-    daemon = DaemonProcess(tmp_path, "", workers=1, lanes=1, resolve_ttl=0)
+    (tmp_path / "kaito").mkdir()
+    daemon = DaemonProcess(tmp_path, "", workers=1, lanes=1, resolve_ttl=0, kaito_models=tmp_path / "kaito")
     with HubServer({"acme/crash": repo}) as hub:
         daemon.environment["HF_ENDPOINT"] = hub.url
         hub.faults.add("*.safetensors", Kind.TRICKLE, times=None, after=2**20, seconds=0.04)  # a chunk takes about 0.7 s
@@ -45,7 +46,8 @@ def test_fifty_kills(tmp_path: Path) -> None:
             assert answer.returncode == 0, answer.stderr
             model = json.loads(answer.stdout)
             assert model["state"] == "ready"
-            assert checker.check() == 2  # both views, whole
+            assert checker.check() == 3  # every view, whole, KAITO's by the link to it
+            assert (tmp_path / "kaito" / "acme-crash" / "config.json").is_file()
             verified = daemon.cli("verify", "--json", "acme/crash")
             assert verified.returncode == 0, verified.stderr
         twice = whole_chunks_sent_twice(hub.requests)
@@ -70,7 +72,9 @@ class Checker:
 
     def check(self) -> int:
         """Every view is whole and right, every ref leads to one. Returns how many views there are."""
-        views = [*self._store.glob("models/*/*"), *self._store.glob("hub/models--*/snapshots/*")]
+        links = list(self._store.with_name("kaito").iterdir())
+        assert all(link.is_dir() for link in links), "a link leads to a view"
+        views = [*self._store.glob("models/*/*"), *self._store.glob("hub/models--*/snapshots/*"), *links]
         for view in views:
             assert {str(path.relative_to(view)): self._digest(path) for path in view.rglob("*") if path.is_file()} == self._want
         for ref in self._store.glob("hub/models--*/refs/*"):

@@ -19,13 +19,6 @@ def server():
         yield hub
 
 
-@pytest.fixture
-def hub(server):
-    server.requests.clear()
-    yield server
-    server.faults.clear()
-
-
 @pytest.mark.parametrize("kind", [Kind.CHUNKED, Kind.IGNORE_RANGE])
 @pytest.mark.parametrize("lanes", [1, 4, 8])
 def test_the_file_is_fetched_once_by_any_number_of_lanes(hub, kind, lanes):

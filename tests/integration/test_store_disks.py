@@ -175,7 +175,7 @@ def test_a_disk_that_fills_up_while_the_journal_grows_costs_one_chunk(root: Root
     with full(ext4), pytest.raises(SpaceError):
         fill(ingest, data)
     done = len(ingest.recorded())
-    assert 100 < done < 600
+    assert 40 < done < 600  # a block of the file system has room for some 42 records
     ingest.close()
     ingest = Ingest.open(root.layout, key, len(data), chunk_size=BLOCK)
     assert len(ingest.recorded()) == done

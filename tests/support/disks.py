@@ -11,15 +11,19 @@ from pathlib import Path
 
 @contextmanager
 def mounted(kind: str, folder: Path, *, megabytes: int = 64) -> Iterator[Path]:
-    """A fresh file system of `kind` (ext4, tmpfs, overlay) and about that size, mounted below `folder` and gone afterwards."""
+    """A fresh file system of `kind` (ext4, xfs, tmpfs, overlay) and about that size, mounted below `folder` and gone afterwards.
+
+    XFS is never smaller than 300 MB.
+    """
     point = folder / kind
     point.mkdir(parents=True)
     match kind:
-        case "ext4":
+        case "ext4" | "xfs":
             image = folder / "disk.img"
             with image.open("wb") as file:
                 file.truncate(megabytes * 2**20)
-            _run("mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=0", str(image))
+            options = ("-m", "0", "-E", "lazy_itable_init=0") if kind == "ext4" else ("-f",)
+            _run(f"mkfs.{kind}", "-q", *options, str(image))
             _run("mount", "-o", "loop", str(image), str(point))
         case "tmpfs":
             _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(point))
@@ -33,7 +37,18 @@ def mounted(kind: str, folder: Path, *, megabytes: int = 64) -> Iterator[Path]:
     try:
         yield point
     finally:
-        _run("umount", str(point))
+        unmount(point)
+
+
+def unmount(point: Path) -> None:
+    """Take away what is mounted there. What is still in use goes as soon as it is not, and is an error: a test that leaves something open.
+
+    It never stays, for it would be in the way of whoever removes the directory, such as pytest at the end of a later run.
+    """
+    done = subprocess.run(["umount", str(point)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        _run("umount", "--lazy", str(point))
+        raise AssertionError(done.stderr)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""Faults a test server can be told to make, by path, at run time. It decides which request is hit; `tests.support.hub` carries it out."""
+"""Faults a test server can be told to make, by path, at run time. It decides which request is hit; `hub` and `azure_proxy` carry them out."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ class Kind(StrEnum):
     """What goes wrong. The fields of `Fault` that matter are named in brackets."""
 
     # instead of the answer
-    STATUS = "status"  # any error [status, headers, body]
+    STATUS = "status"  # any error [status, headers, body, skew_s]
     THROTTLE = "throttle"  # 429 [seconds, style]
     BUSY = "busy"  # 503 [seconds, style]
     PORTAL = "portal"  # a captive portal's HTML with status 200
@@ -29,6 +30,7 @@ class Kind(StrEnum):
     IGNORE_RANGE = "ignore-range"  # 200 with the whole body
     CHUNKED = "chunked"  # as olah: Range ignored, chunked, no Content-Length, ETag unquoted
     CHANGED = "changed"  # another ETag and other bytes of the same length
+    WRONG_MD5 = "wrong-md5"  # Content-MD5 of something else
     # the answer, with a body that goes wrong
     TRUNCATE = "truncate"  # closed after [after]
     RESET = "reset"  # TCP reset after [after]
@@ -36,11 +38,12 @@ class Kind(StrEnum):
     STALL = "stall"  # silent after [after], until released or closed (at most [seconds])
     TRICKLE = "trickle"  # [after] bytes every [seconds]
     EXPIRE = "expire"  # closed after [after]; the signed URL is refused from then on with [status]
+    CALL = "call"  # [hook] is called after [after], then it goes on
 
 
 @dataclass
 class Fault:
-    """One rule. `origin` is "bytes" (whichever answer carries file content), "hub", "cdn" or "*"; `times` None means for ever."""
+    """One rule. `origin` is "bytes" (whichever answer carries file content), "hub", "cdn", "service" or "*"; `times` None means for ever."""
 
     glob: str
     kind: Kind
@@ -54,6 +57,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     whole: bool = False  # and Range is ignored
+    hook: Callable[[], object] | None = None
+    skew_s: float = 0  # how far the Date of a STATUS is ahead
     hits: int = 0
     released: threading.Event = field(default_factory=threading.Event, repr=False)
 

@@ -8,7 +8,6 @@ RateLimit.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import hashlib
 import hmac
@@ -18,7 +17,6 @@ import secrets
 import signal
 import socket
 import ssl
-import struct
 import sys
 import threading
 import time
@@ -26,31 +24,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from fnmatch import fnmatchcase
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.support.faults import Fault, Faults, Kind
 from tests.support.repo import MIB, Blob, Repo, pointer
+from tests.support.serving import LoopbackServer, reset
+from tests.support.tls import Tls
 
 __all__ = ["Fault", "Faults", "HubServer", "Kind", "Repo", "Request", "Tls", "main"]
 
 WINDOW_S = 300
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Certificate and key files; the certificate must name 127.0.0.1 and 127.0.0.2."""
-
-    cert: Path
-    key: Path
-
-    def context(self) -> ssl.SSLContext:
-        """The server's side of it."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.cert, self.key)
-        return context
 
 
 @dataclass
@@ -65,6 +51,7 @@ class Request:
     file: str = ""
     status: int = 0
     sent: int = 0  # body bytes
+    due: int = 0  # body bytes that were announced; those that were sent, once it is over
 
     @property
     def range(self) -> str | None:
@@ -94,6 +81,7 @@ class HubServer:
         self.repos, self.token, self.faults = dict(repos), token, faults or Faults()
         self.url_life_s, self.page_size, self.resolve_cache = url_life_s, page_size, resolve_cache
         self.requests: list[Request] = []
+        self.most_at_once = 0  # bodies of files under way
         self.revoked: dict[str, int] = {}  # signature → status
         self._secret = secrets.token_bytes(16)
         self._epoch = 0
@@ -101,21 +89,16 @@ class HubServer:
         self._servers = [_Server(("127.0.0.1", port), self, "hub", tls), _Server(("127.0.0.2", 0), self, "cdn", tls)]
         self.url = f"{scheme}://127.0.0.1:{self._servers[0].server_port}"
         self.cdn_url = f"{scheme}://127.0.0.2:{self._servers[1].server_port}"
-        self._threads = [threading.Thread(target=server.serve_forever, args=(0.05,), name=server.origin) for server in self._servers]
 
     def __enter__(self) -> HubServer:
-        for thread in self._threads:
-            thread.start()
+        for server in self._servers:
+            server.start(server.origin)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.faults.clear()
         for server in self._servers:
-            server.shutdown()
-            server.drop_connections()
-            server.server_close()
-        for thread in self._threads:
-            thread.join(10)
+            server.stop()
 
     def bytes_sent(self, glob: str = "*") -> int:
         """Body bytes of file content sent so far, for repository paths that match `glob`."""
@@ -159,41 +142,10 @@ class HubServer:
         return hmac.new(self._secret, f"{path}|{expires}|{epoch}".encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = False
-    request_queue_size = 256
-
+class _Server(LoopbackServer):
     def __init__(self, address: tuple[str, int], hub: HubServer, origin: str, tls: Tls | None) -> None:
         self.hub, self.origin = hub, origin
-        self._context = tls.context() if tls else None
-        self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._dropped = False
-        super().__init__(address, _Handler)
-
-    def get_request(self) -> tuple[socket.socket, object]:
-        connection, address = self.socket.accept()
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._context:  # the handshake happens at the first read, in the connection's own thread
-            connection = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-        with self._lock:
-            self._open.add(connection)
-        return connection, address
-
-    def shutdown_request(self, request: socket.socket) -> None:  # type: ignore[override]
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
-
-    def drop_connections(self) -> None:
-        with self._lock:
-            for connection in self._open:
-                with contextlib.suppress(OSError):  # the peer was faster
-                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exc_info()[1], (ConnectionError, ssl.SSLError, OSError)):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+        super().__init__(address, _Handler, tls)
 
 
 class _DropError(ConnectionError):
@@ -449,10 +401,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, {**headers, "Content-Length": str(length)})
         if self.command == "HEAD":
             return
+        if self.note.file and status in (200, 206):
+            self.note.due = length
+            self.hub.most_at_once = max(self.hub.most_at_once, sum(each.sent < each.due for each in list(self.hub.requests)))
         try:
             self._body(source, start, length)
         except OSError:
             self.close_connection = True
+        finally:
+            self.note.due = self.note.sent
 
     def _chunked(self, source: bytes | Path, size: int, headers: dict[str, str]) -> None:
         headers.pop("Accept-Ranges", None)
@@ -486,8 +443,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault.released.wait(fault.seconds)
             return self._send(source, start + before, length - before)
         if fault.kind is Kind.RESET:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.request.close()
+            reset(self.request)
         if fault.kind is Kind.EXPIRE:
             self.hub.revoked[parse_qs(self.note.query).get("Signature", [""])[0]] = fault.status
         raise _DropError

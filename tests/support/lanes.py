@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any
 
 from nvcache.sources.base import HttpRemote, Reader
-from nvcache.sources.ranges import Throttle, Transport, Watchdog, http_readers
+from nvcache.sources.ranges import Pace, Throttle, Transport, Watchdog, http_readers
 from tests.support.hub import HubServer
 
 KIB = 1024
@@ -26,11 +26,13 @@ def remote(hub: HubServer, path: str, size: int, *, repo: str = "acme/m", token:
 class Lanes:
     """Readers of one remote and what goes with them in a worker process; a context manager that gives everything back."""
 
-    def __init__(self, remote: HttpRemote, on_pause: Callable[[str, float], None] | None = None, **transport: Any) -> None:
+    def __init__(
+        self, remote: HttpRemote, on_pause: Callable[[str, float], None] | None = None, *, pace: Pace | None = None, **transport: Any
+    ) -> None:
         self.size = remote.size
         self.watchdog = Watchdog()
         self.throttle = Throttle(on_pause)
-        self.make = http_readers(remote, Transport(**{**QUICK, **transport}), self.throttle, self.watchdog)
+        self.make = http_readers(remote, Transport(**{**QUICK, **transport}), self.throttle, self.watchdog, pace)
         self._readers: list[Reader] = []
 
     def __enter__(self) -> Lanes:

@@ -17,14 +17,14 @@ import socket
 import ssl
 import subprocess
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.support.hub import Tls
-from tests.support.tls import make_tls
+from tests.support.processes import end
+from tests.support.tls import Tls, make_tls
 
 LFS_SUFFIXES = (".safetensors", ".bin")
 LFS_SIZE = 1 << 20  # larger files are LFS whatever their name
@@ -58,7 +58,39 @@ class Repository:
     files: tuple[Served, ...]
 
 
-class NginxHub:
+class Nginx:
+    """A nginx's life, for those who give it a configuration. `work` is a directory of its own; `ca_file` the CA with `tls=True`."""
+
+    def __init__(self, work: Path, *, tls: bool) -> None:
+        self._work = work
+        self._work.mkdir(parents=True, exist_ok=True)
+        self._tls: Tls | None = make_tls(work) if tls else None
+        self.ca_file = self._tls.cert if self._tls else None  # the certificate is its own CA
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        end(self._process)
+        self._process = None
+
+    @property
+    def pid(self) -> int:
+        """The process that nginx's workers descend from."""
+        assert self._process is not None
+        return self._process.pid
+
+    def _serve(self, url: str, config: str, listeners: Sequence[socket.socket]) -> None:
+        """Start it on `listeners`, which are ours to close afterwards, and wait until `url` answers."""
+        self._process = _launch(self._work, config, listeners)
+        for listener in listeners:
+            listener.close()
+        try:
+            _await_answer(url, self._work, self.ca_file)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+
+class NginxHub(Nginx):
     """A context manager: `url` is the Hub's endpoint, `cdn_url` the CDN's, `commits` the commit of each repository, `ca_file` the CA with `tls=True`.
 
     `work` is a directory of its own for configuration and logs. `rate` limits each connection of the CDN (nginx size, e.g. "20m" a second),
@@ -75,68 +107,28 @@ class NginxHub:
         requests_per_s: int | None = None,
         url_life_s: int = 3600,
     ) -> None:
-        self._work = work
+        super().__init__(work, tls=tls)
         self._rate = rate
         self._requests_per_s = requests_per_s
         self._url_life_s = url_life_s
-        self._work.mkdir(parents=True, exist_ok=True)
         self._repos = {name: _describe(directory) for name, directory in repos.items()}
         self.commits = {name: repo.commit for name, repo in self._repos.items()}
-        self._tls: Tls | None = make_tls(work) if tls else None
-        self.ca_file = self._tls.cert if self._tls else None  # the certificate is its own CA
-        self._process: subprocess.Popen[bytes] | None = None
         self.url = self.cdn_url = ""
 
     def __enter__(self) -> Self:
         scheme = "https" if self._tls else "http"
         with contextlib.ExitStack() as stack:
             hub, cdn = (stack.enter_context(socket.create_server((host, 0), backlog=512)) for host in ("127.0.0.1", "127.0.0.2"))
-            for listener in (hub, cdn):
-                listener.setblocking(False)  # nginx takes it as it is: a worker that loses the race for a connection would hang in accept
             self.url, self.cdn_url = (f"{scheme}://{host}:{port}" for host, port in (hub.getsockname(), cdn.getsockname()))
             self._write_answers()
-            config = self._work / "nginx.conf"
-            config.write_text(self._config(hub.getsockname()[1], cdn.getsockname()[1]))
-            fds = (hub.fileno(), cdn.fileno())  # nginx takes over sockets named in NGINX, as in its own upgrades: no port can be lost to another
-            self._process = subprocess.Popen(
-                [shutil.which("nginx") or "/usr/sbin/nginx", "-p", self._work, "-c", config, "-e", self._work / "error.log"],
-                env={"PATH": os.environ["PATH"], "NGINX": "".join(f"{fd};" for fd in fds)},
-                pass_fds=fds,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-        try:
-            self._await_answer()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            self._serve(self.url, self._config(hub.getsockname()[1], cdn.getsockname()[1]), (hub, cdn))
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(10)
-            self._process = None
 
     def requests(self) -> list[tuple[str, int, str]]:
         """What was asked so far: (origin "hub" or "cdn", status, request line without query), in the order in which nginx finished."""
         lines = (self._work / "access.log").read_text().splitlines()
         found = (line.split(" ", 2) for line in lines)
         return [(origin, int(status), what) for origin, status, what in found if what != "GET /healthz"]
-
-    def _await_answer(self) -> None:
-        context = ssl.create_default_context(cafile=self.ca_file) if self.ca_file else None
-        handlers = [urllib.request.ProxyHandler({}), *([urllib.request.HTTPSHandler(context=context)] if context else [])]
-        try:  # the socket listens since before nginx ran: this waits in its backlog, or fails when nginx died
-            urllib.request.build_opener(*handlers).open(f"{self.url}/healthz", timeout=10).close()
-        except OSError as error:
-            log = self._work / "error.log"
-            raise RuntimeError(f"cannot start nginx: {error}: {log.read_text() if log.exists() else 'no log'}") from error
 
     def _write_answers(self) -> None:
         """The JSON answers, by URL path; `tree` is asked with a query, which nginx leaves out when it looks for the file."""
@@ -153,29 +145,15 @@ class NginxHub:
             _write(api / "index.json", info)
 
     def _config(self, hub_port: int, cdn_port: int) -> str:
-        tls = f"ssl_certificate {self._tls.cert}; ssl_certificate_key {self._tls.key}; ssl_protocols TLSv1.2 TLSv1.3;" if self._tls else ""
         ssl_flag = " ssl" if self._tls else ""
         throttle = f"limit_req_zone $server_addr zone=cdn:1m rate={self._requests_per_s}r/s;" if self._requests_per_s else ""
         throttled = "limit_req zone=cdn; limit_req_status 429; error_page 429 @slow;" if self._requests_per_s else ""
         rate = f"limit_rate {self._rate};" if self._rate else ""
-        modules = "\n".join(f"load_module {MODULES / module};" for module in ("ndk_http_module.so", "ngx_http_lua_module.so"))
         blobs = {f.sha256: f.source for repo in self._repos.values() for f in repo.files if f.sha256}
-        return f"""
-{modules}
-{"user root;" if os.geteuid() == 0 else ""}
-daemon off;
-pid {self._work}/nginx.pid;
-worker_processes auto;
-worker_shutdown_timeout 1s;
-events {{ worker_connections 1024; }}
-http {{
-    client_body_temp_path {self._work}/body; proxy_temp_path {self._work}/proxy; fastcgi_temp_path {self._work}/fastcgi;
-    uwsgi_temp_path {self._work}/uwsgi; scgi_temp_path {self._work}/scgi;
+        return f"""{beginning(self._work, self._tls)}
     log_format plain '$origin $status $request_method $uri';
     access_log {self._work}/access.log plain;
-    sendfile on; tcp_nopush on; keepalive_requests 100000; etag off; default_type application/octet-stream;
-    server_tokens off;
-    {tls}
+    etag off;
     {throttle}
     server {{
         listen 127.0.0.1:{hub_port}{ssl_flag};
@@ -210,14 +188,14 @@ http {{
         ]
         for file in repo.files:
             for revision in ("main", repo.commit):
-                uri = _quoted(f"/{name}/resolve/{revision}/{file.path}")
+                uri = quoted(f"/{name}/resolve/{revision}/{file.path}")
                 locations.append(f"location = {uri} {{ {self._answer(file, repo.commit)} }}\n")
         return "".join(locations)
 
     def _answer(self, file: Served, commit: str) -> str:
         common = f"add_header X-Repo-Commit {commit} always; add_header Accept-Ranges bytes;"
         if file.sha256 is None:
-            return f"""{common} add_header ETag '"{file.oid}"'; alias {_quoted(str(file.source))};"""
+            return f"""{common} add_header ETag '"{file.oid}"'; alias {quoted(str(file.source))};"""
         linked = f"""add_header X-Linked-Size {file.size} always; add_header X-Linked-Etag '"{file.sha256}"' always;"""
         signed = f"""
             set_by_lua_block $signed {{
@@ -227,6 +205,53 @@ http {{
                 return "{self.cdn_url}/lfs/{file.sha256}?expires=" .. expires .. "&signature=" .. signature
             }}"""
         return f"{common} {linked} {signed} return 302 $signed;"
+
+
+def _launch(work: Path, config: str, listeners: Sequence[socket.socket]) -> subprocess.Popen[bytes]:
+    """Start nginx in `work`, with sockets that listen already: nginx takes over those named in NGINX, so no port can be lost to another."""
+    for listener in listeners:
+        listener.setblocking(False)  # nginx takes it as it is: a worker that loses the race for a connection would hang in accept
+    (work / "nginx.conf").write_text(config)
+    fds = [listener.fileno() for listener in listeners]
+    return subprocess.Popen(
+        [shutil.which("nginx") or "/usr/sbin/nginx", "-p", work, "-c", work / "nginx.conf", "-e", work / "error.log"],
+        env={"PATH": os.environ["PATH"], "NGINX": "".join(f"{fd};" for fd in fds)},
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _await_answer(url: str, work: Path, ca_file: Path | None) -> None:
+    """Wait for `url`/healthz. The socket listens since before nginx ran: this waits in its backlog, or fails when nginx died."""
+    context = ssl.create_default_context(cafile=ca_file) if ca_file else None
+    handlers = [urllib.request.ProxyHandler({}), *([urllib.request.HTTPSHandler(context=context)] if context else [])]
+    try:
+        urllib.request.build_opener(*handlers).open(f"{url}/healthz", timeout=10).close()
+    except OSError as error:
+        log = work / "error.log"
+        raise RuntimeError(f"cannot start nginx: {error}: {log.read_text() if log.exists() else 'no log'}") from error
+
+
+def beginning(work: Path, tls: Tls | None) -> str:
+    """What every configuration begins with, up to the `http` block that is left open. Nothing is kept outside `work`."""
+    modules = "\n".join(f"load_module {MODULES / module};" for module in ("ndk_http_module.so", "ngx_http_lua_module.so"))
+    return f"""
+{modules}
+{"user root;" if os.geteuid() == 0 else ""}
+daemon off;
+pid {work}/nginx.pid;
+worker_processes auto;
+worker_shutdown_timeout 1s;
+events {{ worker_connections 1024; }}
+http {{
+    client_body_temp_path {work}/body; proxy_temp_path {work}/proxy; fastcgi_temp_path {work}/fastcgi;
+    uwsgi_temp_path {work}/uwsgi; scgi_temp_path {work}/scgi;
+    sendfile on; tcp_nopush on; keepalive_requests 100000; default_type application/octet-stream;
+    server_tokens off;
+    {f"ssl_certificate {tls.cert}; ssl_certificate_key {tls.key}; ssl_protocols TLSv1.2 TLSv1.3;" if tls else ""}
+"""
 
 
 def _missing(code: str, message: str) -> str:
@@ -242,7 +267,7 @@ def _blob(sha256: str, source: Path, limits: str) -> str:
         if ($secure_link = "0") {{ return 410; }}
         add_header ETag '"{sha256}"';
         {limits}
-        alias {_quoted(str(source))};
+        alias {quoted(str(source))};
     }}
     """
 
@@ -281,7 +306,7 @@ def _git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """`text` as an nginx string: no variable, no escape."""
     if "$" in text:
         raise ValueError(f"nginx cannot express a '$' in {text!r}")

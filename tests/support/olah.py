@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.models import GIT_ATTRIBUTES
+from tests.support.processes import end
 
 OLAH = Path(__file__).resolve().parents[2] / ".venv-olah" / "bin" / "olah-cli"
 NOWHERE = "127.0.0.1:9"
@@ -72,14 +73,8 @@ class Olah:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait(10)
-            self._process = None
+        end(self._process)
+        self._process = None
 
     def _import(self, name: str, directory: Path) -> str:
         """Commit `directory` to a git-lfs repository, and note the commit where olah looks for it when it is offline."""

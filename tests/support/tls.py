@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.hub import Tls
+
+@dataclass(frozen=True)
+class Tls:
+    """Certificate and key files; the certificate must name 127.0.0.1 and 127.0.0.2."""
+
+    cert: Path
+    key: Path
+
+    def context(self) -> ssl.SSLContext:
+        """The server's side of it."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        return context
 
 
 def make_tls(directory: Path, *, names: str = "IP:127.0.0.1,IP:127.0.0.2,DNS:localhost") -> Tls:

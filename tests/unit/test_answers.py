@@ -53,7 +53,15 @@ def test_answers_against_the_protocol(fields):
     assert caught.value.code is Code.SOURCE_PROTOCOL
 
 
-@pytest.mark.parametrize(("status", "fields"), [(206, {"content_range": "bytes 100-199/999"}), (200, {"content_length": "134"})])
+@pytest.mark.parametrize(
+    ("status", "fields"),
+    [
+        (206, {"content_range": "bytes 100-199/999"}),
+        (200, {"content_length": "134"}),
+        (200, {"content_length": "9" * 5000}),
+        (200, {"content_length": "²"}),
+    ],
+)
 def test_answers_about_a_file_of_another_size(status, fields):
     with pytest.raises(WrongSizeError):
         body_length(status, headers(**fields), ASKED)
@@ -91,6 +99,16 @@ def test_416():
     assert unsatisfiable(headers(content_range="bytes */1000"), ASKED).code is Code.SOURCE_PROTOCOL
 
 
+def test_a_416_with_a_number_that_python_does_not_read():
+    assert unsatisfiable(headers(content_range=f"bytes */{'9' * 5000}"), ASKED).code is Code.SIZE_MISMATCH
+
+
+def test_a_coding_is_quoted_clean():
+    with pytest.raises(SourceError) as caught:
+        body_length(206, headers(content_encoding="\x1b[2J"), ASKED)
+    assert str(caught.value).isprintable()
+
+
 def test_what_the_source_says_is_quoted_clean_and_short():
     error = permanent(403, headers(X_Error_Message="Access to this resource is disabled.\x1b[31m" + "x" * 900), ASKED, authorised=True)
     assert "disabled.[31mxxx" in str(error)
@@ -123,10 +141,11 @@ def test_urls(url, origin, path):
     assert target.path not in repr(target) or path == "/"
 
 
-@pytest.mark.parametrize("url", ["", "ftp://h/x", "https:///x", "http://h:99999/", "http://[::1", "/x"])
+@pytest.mark.parametrize("url", ["", "ftp://h/x", "https:///x", "http://h:99999/", "http://[::1", "/x", "https://me:s3cr3t/x@h/"])
 def test_what_is_no_url(url):
-    with pytest.raises(ValueError):  # noqa: PT011 - the standard library words it
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the standard library words it
         Target.parse(url)
+    assert "s3cr3t" not in str(raised.value), "of a password with a slash"
 
 
 def test_relative_locations():

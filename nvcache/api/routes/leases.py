@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
@@ -9,7 +10,7 @@ from starlette.responses import Response
 
 from nvcache.api import schemas, wire
 from nvcache.api.routes.common import Entry, admit, engine_of
-from nvcache.api.scope import Scope
+from nvcache.api.scope import Scope, same_holder
 from nvcache.errors import Code, RequestError
 
 router = APIRouter(prefix="/v1", tags=["leases"], responses=schemas.PROBLEMS)
@@ -25,9 +26,13 @@ async def listing(request: Request) -> Response:
 
 @router.post("/models/{entry}/leases", status_code=201, response_model=schemas.Lease)
 async def take(request: Request, entry: Entry, wish: schemas.LeaseWish) -> Response:
-    """Hold a ready model: its bytes are not removed until the lease is released or runs out."""
+    """Hold a ready model: its bytes are not removed until the lease is released or runs out. `adopt` takes over a lease of the same holder."""
     caller = await admit(request, Scope.POD, f"lease {entry}")
-    return wire.reply(await engine_of(request).lease(entry, caller.holder(wish.holder), wish.ttl_s), 201)
+    if wish.adopt and not wish.holder:
+        raise RequestError(Code.BAD_REQUEST, f"cannot adopt a lease on {entry}: no holder is named", hint="give the words that it was taken with")
+    holder = caller.holder(wish.holder)
+    adopts = functools.partial(same_holder, holder) if wish.adopt else None
+    return wire.reply(await engine_of(request).lease(entry, holder, wish.ttl_s, adopts), 201)
 
 
 @router.put("/models/{entry}/leases/{lease}", response_model=schemas.Lease)

@@ -15,6 +15,8 @@ from nvcache.api.routes.common import Entry, accepted, admit, engine_of
 from nvcache.api.scope import Caller, Gate, Scope
 from nvcache.core.ref import Ref, parse_name, shortened
 from nvcache.core.states import ModelState
+from nvcache.core.timeline import Event, slowest
+from nvcache.engine.clock import from_unix
 from nvcache.engine.status import DryRun, EnsureRequest, ModelStatus
 from nvcache.errors import Code, RequestError
 
@@ -52,17 +54,19 @@ async def ensure(request: Request, wish: schemas.Wish) -> Response:
     if wish.dry_run:
         extend(request, DRY_RUN_SECONDS)
         return wire.reply(_dry_run(await engine.dry_run(wanted)))
-    answer = await engine.ensure(wanted)
+    answer = await engine.ensure(wanted, caller.holder("").rstrip("/"))
     return wire.reply(answer) if isinstance(answer, ModelStatus) else accepted(answer)
 
 
 @router.get("/{entry}", response_model=schemas.ModelDetail)
 async def show(request: Request, entry: Entry) -> Response:
-    """One model with every file and what it was checked against."""
-    await admit(request, Scope.READ)
+    """One model with every file, what it was checked against, and who holds it. To look at it is not to use it: eviction takes no notice."""
+    caller = await admit(request, Scope.READ)
     engine = engine_of(request)
-    status = await engine.model(entry)
-    return wire.reply(wire.as_dict(status) | {"manifest": wire.manifest_view(engine.manifest(status.entry))})
+    status = await engine.model(entry, use=False)
+    held = sorted((lease for lease in engine.leases() if lease.entry == status.entry and caller.owns(lease)), key=lambda lease: lease.expires)
+    holders = [{"lease": lease.lease, "holder": lease.holder, "expires": lease.expires} for lease in held]
+    return wire.reply(wire.as_dict(status) | {"holders": holders, "manifest": wire.manifest_view(engine.manifest(status.entry))})
 
 
 @router.delete("/{entry}", response_model=schemas.Model)
@@ -84,6 +88,15 @@ async def events(request: Request, entry: Entry) -> Response:
         return EventStream(request, queue, stack.pop_all(), lifecycle)
 
 
+@router.get("/{entry}/timeline", response_model=schemas.Timeline)
+async def timeline(request: Request, entry: Entry) -> Response:
+    """What happened to a model, and where the time of its last start went; also of one that is gone. Who asked and who held it is told to admins."""
+    caller = await admit(request, Scope.READ)
+    events = await engine_of(request).timeline(entry)
+    slow = {id(event) for event in slowest(events)}
+    return wire.reply({"entry": entry, "events": [_event(event, id(event) in slow, admin=caller.scope is Scope.ADMIN) for event in events]})
+
+
 @router.put("/{entry}/pin", response_model=schemas.Model)
 async def pin(request: Request, entry: Entry) -> Response:
     """Never remove this model to make room."""
@@ -99,10 +112,10 @@ async def unpin(request: Request, entry: Entry) -> Response:
 
 
 @router.post("/{entry}/verify", status_code=202, response_model=schemas.Accepted, responses=ACCEPTED)
-async def verify(request: Request, entry: Entry) -> Response:
+async def verify(request: Request, entry: Entry, wish: schemas.VerifyWish | None = None) -> Response:
     """Read every byte back now and repair only the chunks that are bad."""
     await admit(request, Scope.ADMIN, f"verify {entry}")
-    return accepted(await engine_of(request).verify(entry))
+    return accepted(await engine_of(request).verify(entry, wish.bandwidth if wish else None))
 
 
 def _check_allowed(request: Request, caller: Caller, wanted: EnsureRequest) -> None:
@@ -119,6 +132,10 @@ def _check_allowed(request: Request, caller: Caller, wanted: EnsureRequest) -> N
             f"cannot make {wanted.ref} ready: no pattern of the setting allow matches it",
             hint="ask the operator for an `allow` pattern, or use the admin socket",
         )
+
+
+def _event(event: Event, slow: bool, *, admin: bool) -> dict[str, object]:
+    return wire.as_dict(event) | {"at": from_unix(event.at), "rate": event.rate, "slowest": slow, "who": event.who if admin else None}
 
 
 async def _in_full(engine: Engine, wish: schemas.Wish) -> schemas.Wish:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
 from starlette.responses import Response
 
 from nvcache.api import metrics, schemas, wire
+from nvcache.api.events import AllEvents
+from nvcache.api.limits import Lifecycle
 from nvcache.api.routes.common import admit, engine_of
-from nvcache.api.scope import Scope
+from nvcache.api.scope import Scope, came_locally
 
 router = APIRouter(responses=schemas.PROBLEMS)
 JobId = Annotated[str, Path(max_length=128, description="the job, as 202 answers name it")]
@@ -36,11 +39,29 @@ async def cancel(request: Request, job: JobId) -> Response:
     return wire.reply(await engine_of(request).cancel(job))
 
 
+@router.get("/v1/events", tags=["node"], response_class=Response, responses={200: schemas.EVENTS})
+async def events(request: Request) -> Response:
+    """Follow all models, for as long as the daemon lives: first each as it is, then what changes; `absent` is one that is gone."""
+    await admit(request, Scope.READ)
+    engine = engine_of(request)
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    async with AsyncExitStack() as stack:
+        changes = await stack.enter_async_context(engine.watch_all())
+        return AllEvents(request, changes, stack.pop_all(), lifecycle)
+
+
 @router.get("/v1/space", tags=["node"], response_model=schemas.Space)
 async def space(request: Request) -> Response:
     """The store's room."""
     await admit(request, Scope.READ)
     return wire.reply(engine_of(request).space())
+
+
+@router.post("/v1/evict", tags=["node"], response_model=schemas.EvictionView)
+async def evict(request: Request, wish: schemas.EvictWish) -> Response:
+    """Remove the models used longest ago until so much is available; never one that is pinned, declared or leased. 507 when that is not enough."""
+    await admit(request, Scope.ADMIN, "evict models")
+    return wire.reply(await engine_of(request).evict(wish.need_bytes, dry_run=wish.dry_run))
 
 
 @router.get("/v1/stripe", tags=["node"], response_model=schemas.Stripe)
@@ -67,9 +88,10 @@ async def healthz() -> Response:
     "/readyz", tags=["health"], response_model=schemas.Readiness, responses={503: {"model": schemas.Readiness, "description": "not ready, and why"}}
 )
 async def readyz(request: Request) -> Response:
-    """Whether models can be asked for, and if not, why. For readiness probes; open to everybody."""
-    problems = engine_of(request).problems()
-    return wire.reply({"ready": not problems, "problems": problems}, 503 if problems else 200)
+    """Whether models can be asked for, and if not, why. For readiness probes; open to everybody, so over TCP it names no model."""
+    engine = engine_of(request)
+    problems = engine.problems() if came_locally(request) else engine.causes()
+    return wire.reply({"ready": not problems, "problems": problems, "degraded": engine.degraded()}, 503 if problems else 200)
 
 
 @router.get("/version", tags=["health"], response_model=schemas.Version)
@@ -85,6 +107,6 @@ async def version(request: Request) -> Response:
     responses={200: {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def scrape(request: Request) -> Response:
-    """Counts and gauges in Prometheus' text format."""
-    await admit(request, Scope.READ)
+    """Counts and gauges in Prometheus' text format; no model is named."""
+    await admit(request, Scope.METRICS)
     return Response(metrics.render(request.app.state.metrics), media_type=metrics.MEDIA_TYPE)

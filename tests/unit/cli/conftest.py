@@ -63,10 +63,12 @@ def model(**changed: Any) -> dict[str, Any]:
         "bytes": 90_900_000,
         "pinned": False,
         "leases": 0,
+        "in_use": False,
         "verified_at": "2025-01-02T03:04:05Z",
         "checked_at": None,
         "last_used": None,
         "warnings": [],
+        "unproven": 0,
         "progress": None,
         "job": None,
         "error": None,
@@ -94,6 +96,9 @@ def job(state: str = "fetching", done: int = 0, **changed: Any) -> dict[str, Any
         "seconds": 1.0,
         "repaired_chunks": 0,
         "bad_files": [],
+        "cached_before": None,
+        "cached_after": None,
+        "note": None,
     }
     assert changed.keys() <= base.keys()
     return {**base, **changed}

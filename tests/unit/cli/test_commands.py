@@ -12,6 +12,7 @@ from tests.support.stub_daemon import problem
 from tests.unit.cli.conftest import ENTRY, REVISION, job, model
 
 SLUG = "hf--org--name"
+DIRECTORY = {"backend": "directory", "state": "mounted", "path": "/srv/store"}
 
 
 def calls(stub):
@@ -20,14 +21,23 @@ def calls(stub):
 
 def test_ls_shows_states_sizes_and_progress(stub, run):
     filling = model(ref="hf://org/other@" + "f" * 40, revision="f" * 40, state="fetching", path=None, progress=job(done=42_000_000)["progress"])
-    stub.answer("GET /v1/models", {"models": [filling, model(pinned=True, leases=2)]})
+    stub.answer("GET /v1/models", {"models": [filling, model(pinned=True, leases=2, in_use=True, last_used="2025-01-02T03:04:05Z")]})
     ran = run("ls")
     assert ran.code == 0
     header, ready, fetching = ran.out.splitlines()
     assert header.split() == ["MODEL", "REVISION", "STATE", "SIZE", "FILES", "VERIFIED", "LAST", "USED", "PIN", "LEASES"]
     assert ready.split()[:4] == ["hf://org/name", REVISION[:12], "ready", "90.9"]
-    assert ready.split()[-2:] == ["pinned", "2"]
+    assert ready.split()[-4:] == ["in", "use", "pinned", "2"]
+    assert "in use" not in fetching
     assert "fetching 42% at 5.0 MB/s, 12 s left" in fetching
+
+
+def test_ls_says_to_people_why_a_model_is_not_ready(stub, run):
+    error = {"code": "degraded", "detail": "cannot serve it: 1 chunk is gone or went bad; mending it failed: cannot list it: 404"}
+    stub.answer("GET /v1/models", {"models": [model(), model(ref="hf://org/other@" + "f" * 40, state="degraded", path=None, error=error)]})
+    ran = run("ls")
+    assert (ran.code, len(ran.out.splitlines())) == (0, 3)
+    assert ran.err == f"nvcache: degraded: {error['detail']}\n"
 
 
 def test_ls_without_models_says_what_to_do_and_prints_nothing(stub, run):
@@ -49,6 +59,7 @@ def manifest():
     return {
         "endpoint": "https://hub.example",
         "asked": "hf://org/name",
+        "commit": None,
         "selection": {"include": ["*.safetensors"], "exclude": []},
         "left_out": [{"path": "pytorch_model.bin", "size": 5}],
         "parsed": True,
@@ -57,9 +68,9 @@ def manifest():
 
 
 def test_show_names_every_file_its_digest_and_what_was_left_out(stub, run):
-    stub.answer("GET /v1/models?ref=org%2Fname", model(warnings=["total_size is wrong"]))
-    detail = {**model(warnings=["total_size is wrong"], pinned=True), "manifest": manifest()}
-    stub.answer(f"GET /v1/models/{ENTRY}", detail)
+    holders = [{"lease": "ab" * 16, "holder": "uid=1000/pid=7/team/pod", "expires": "2025-01-02T03:04:05.000Z"}]
+    detail = {**model(warnings=["total_size is wrong"], pinned=True, leases=3, in_use=True), "holders": holders, "manifest": manifest()}
+    stub.answer(f"GET /v1/models/{SLUG}", detail)
     ran = run("show", "org/name")
     assert ran.code == 0
     for text in (
@@ -71,6 +82,9 @@ def test_show_names_every_file_its_digest_and_what_was_left_out(stub, run):
         "total_size is wrong",
         "include *.safetensors",
         "org/name",
+        "yes, by a process of this node",
+        "uid=1000/pid=7/team/pod until 2025-01-02T03:04:05Z",
+        "2 of others",
     ):
         assert text in ran.out
     assert json.loads(run("show", "org/name", "--json").out) == detail
@@ -176,8 +190,7 @@ def test_ls_in_a_narrow_terminal_leaves_out_what_is_empty(stub, run, monkeypatch
 
 
 def test_show_cuts_digests_where_they_do_not_fit(stub, run, monkeypatch):
-    stub.answer("GET /v1/models?ref=org%2Fname", model())
-    stub.answer(f"GET /v1/models/{ENTRY}", {**model(files=1, last_used="2025-01-02T03:04:05.678901+00:00"), "manifest": manifest()})
+    stub.answer(f"GET /v1/models/{SLUG}", {**model(files=1, last_used="2025-01-02T03:04:05.678901+00:00"), "holders": [], "manifest": manifest()})
     monkeypatch.setattr(output, "PIPE_WIDTH", 100)
     narrow = run("show", "org/name").out
     assert "a" * 12 in narrow
@@ -191,8 +204,9 @@ def test_show_cuts_digests_where_they_do_not_fit(stub, run, monkeypatch):
 
 def test_rm_dry_run_removes_nothing(stub, run):
     stub.answer(f"GET /v1/models/{SLUG}", model(), model(pinned=True, leases=3))
-    assert run("rm", "--dry-run", "org/name").out == f"would remove: {ENTRY} 90.9 MB\n"
-    assert run("rm", "--dry-run", "org/name").out == f"would be refused (pinned, 3 leases): {ENTRY} 90.9 MB\n"
+    free, held = run("rm", "--dry-run", "org/name"), run("rm", "--dry-run", "org/name")
+    assert (free.out, free.code) == (f"would remove: {ENTRY} 90.9 MB\n", 0)
+    assert (held.out, held.code) == (f"would be refused (pinned, 3 leases): {ENTRY} 90.9 MB\n", 10)
     assert json.loads(run("rm", "--dry-run", "org/name", "--json").out)["held"] == ["pinned", "3 leases"]
     assert all(call.startswith("GET") for call in calls(stub))
 
@@ -202,26 +216,44 @@ def test_unpin(stub, run):
     assert run("unpin", "org/name").out == f"unpinned {ENTRY}\n"
 
 
+NO_ROOM = dict.fromkeys(("limit", "used", "reserved", "free", "total", "quarantined", "min_free", "high_mark", "low_mark"), 0)
+
+
 def test_df_draws_the_room_and_the_biggest_models(stub, run):
-    space = {"limit": 1000, "used": 400, "reserved": 100, "free": 5000, "total": 9000, "quarantined": 0}
+    space = {**NO_ROOM, "limit": 1000, "used": 400, "reserved": 100, "free": 500, "total": 9000, "min_free": 200, "high_mark": 665, "low_mark": 630}
     stub.answer("GET /v1/space", space)
+    stub.answer("GET /v1/stripe", DIRECTORY)
     filling = model(bytes=999, state="fetching", path=None)
     stub.answer("GET /v1/models", {"models": [model(bytes=10), filling, model(bytes=360, entry=f"big@{REVISION}", state="degraded")]})
     ran = run("df")
     assert re.search(r"unfinished +30 B of fills", ran.out)
+    assert re.search(r"^free +200 B in the cache, 500 B of 9.0 kB on the file system, 200 B of it for others$", ran.out, re.MULTILINE)
+    assert re.search(r"^evicts +above 665 B, down to 630 B$", ran.out, re.MULTILINE)
     assert "999" not in ran.out
     assert "█" * 20 + "▒" * 5 + "·" * 25 + " 40%" in ran.out
     assert ran.out.index("big@") < ran.out.index(ENTRY)
     assert json.loads(run("df", "--json").out) == {
         **space,
+        "stripe": DIRECTORY,
         "models": [{"entry": f"big@{REVISION}", "state": "degraded", "bytes": 360}, {"entry": ENTRY, "state": "ready", "bytes": 10}],
     }
     stub.answer("GET /v1/models", {"models": [model(bytes=400)]})
     assert "unfinished" not in run("df").out
+    assert "stripe" not in run("df").out
+
+
+def test_df_says_what_the_nodes_disks_are(stub, run):
+    stripe = {"backend": "md", "state": "mounted", "members": ["a", "b"], "array": "/dev/md127", "filesystem": "xfs", "mount": "/m"}
+    stub.answer("GET /v1/stripe", stripe, {"backend": "md", "state": "lost", "code": "R01", "reason": "/dev/nvme1n1 (serial S1) vanished"})
+    stub.answer("GET /v1/space", NO_ROOM)
+    stub.answer("GET /v1/models", {"models": []})
+    assert re.search(r"^stripe +md of 2 disks, /dev/md127, xfs, mounted at /m$", run("df").out, re.MULTILINE)
+    assert re.search(r"^stripe +lost: R01 /dev/nvme1n1 \(serial S1\) vanished$", run("df").out, re.MULTILINE)
 
 
 def test_df_of_an_overfull_store_still_draws(stub, run):
-    stub.answer("GET /v1/space", {"limit": 0, "used": 400, "reserved": 100, "free": 0, "total": 9000, "quarantined": 7})
+    stub.answer("GET /v1/stripe", DIRECTORY)
+    stub.answer("GET /v1/space", {**NO_ROOM, "used": 400, "reserved": 100, "total": 9000, "quarantined": 7})
     stub.answer("GET /v1/models", {"models": []})
     ran = run("df")
     assert ran.code == 0
@@ -257,6 +289,28 @@ def test_verify_follows_the_job_and_tells_what_was_mended(stub, run):
     }
 
 
+def test_verify_all_takes_one_after_the_other_at_the_bandwidth(stub, run):
+    others = {"degraded": "hf--a--b@" + "d" * 40, "fetching": "hf--c--d@" + "e" * 40}
+    models = [{"entry": ENTRY, "state": "ready"}, *({"entry": entry, "state": state} for state, entry in others.items())]
+    stub.answer("GET /v1/models", {"models": models})
+    for number, entry in enumerate((ENTRY, others["degraded"])):
+        begun = job("verifying", kind="verify", id=f"j{number}")
+        stub.answer(f"POST /v1/models/{entry}/verify", {"job": begun, "entry": entry}, status=202)
+        stub.answer(f"GET /v1/jobs/j{number}", begun, job("done", kind="verify", id=f"j{number}", cached_before=4_000_000, cached_after=4_000_000))
+    ran = run("verify", "--all", "--bandwidth", "20MB")
+    assert ran.code == 0
+    assert ran.out.count("every byte is right") == 2
+    assert "4.0 MB of it in memory before, 4.0 MB after" in ran.out
+    calls = [asked.path for asked in stub.asked if asked.path != "/v1/models"]
+    assert list(dict.fromkeys(calls)) == [f"/v1/models/{ENTRY}/verify", "/v1/jobs/j0", f"/v1/models/{others['degraded']}/verify", "/v1/jobs/j1"]
+    assert [asked.body for asked in stub.asked if asked.method == "POST"] == [{"bandwidth": 20_000_000}] * 2
+
+
+@pytest.mark.parametrize("given", [(), ("org/name", "--all"), ("org/name", "--bandwidth", "0"), ("org/name", "--bandwidth", "quick")])
+def test_verify_is_told_what_to_read(run, given):
+    assert run("verify", *given).code == 2
+
+
 def test_verify_that_cannot_mend_is_exit_by_cause(stub, run):
     stub.answer(f"POST /v1/models/{SLUG}/verify", {"job": job("verifying", kind="verify"), "entry": ENTRY}, status=202)
     broken = job("failed", kind="verify", bad_files=["model.safetensors"], error=problem("source-unreachable", "cannot mend it: the source is away"))
@@ -266,3 +320,61 @@ def test_verify_that_cannot_mend_is_exit_by_cause(stub, run):
     assert "wrong bytes in model.safetensors" in ran.out
     assert "cannot mend it" in ran.err
     assert json.loads(run("verify", "org/name", "--json").out)["error"]["code"] == "source-unreachable"
+
+
+def eviction(**more):
+    victim = {"entry": ENTRY, "frees": 90_000_000, "last_used": "2026-01-01T00:00:00Z", "in_use": True}
+    return {"need": 140_000_000, "short": 80_000_000, "freed": 90_000_000, "enough": True, "victims": [victim], "in_the_way": [], **more}
+
+
+def test_evict_shows_what_would_go(stub, run):
+    stub.answer("POST /v1/evict", eviction())
+    ran = run("evict", "--need", "140MB", "--dry-run")
+    assert ran.code == 0
+    assert stub.asked[0].body == {"need_bytes": 140_000_000, "dry_run": True}
+    assert [line.split()[:3] for line in ran.out.splitlines()[:2]] == [["MODEL", "FREES", "LAST"], [ENTRY, "90.0", "MB"]]
+    assert "a process reads it" in ran.out
+    assert "would free" in ran.out
+
+
+def test_evict_that_is_not_enough_names_who_is_in_the_way(stub, run):
+    held = {"entry": ENTRY, "bytes": 90_000_000, "held": ["pinned", "leased by uid=0/pod"]}
+    stub.answer("POST /v1/evict", eviction(enough=False, victims=[], freed=0, in_the_way=[held]))
+    ran = run("evict", "--need", "140MB", "--dry-run")
+    assert ran.code == 7
+    assert re.search(rf"{re.escape(ENTRY)}\s+90.0 MB\s+pinned, leased by uid=0/pod", ran.out)
+
+
+@pytest.mark.parametrize("size", ["0", "-5", "lots", "5XB"])
+def test_evict_takes_sizes(stub, run, size):
+    ran = run("evict", "--need", size)
+    assert (ran.code, stub.asked) == (2, [])
+    assert "cannot run nvcache evict: Invalid value for '--need'" in ran.err
+
+
+def lease(number, holder="uid=1000/pid=7/team/pod"):
+    return {
+        "lease": f"{number:032x}",
+        "entry": ENTRY,
+        "holder": holder,
+        "path": "/srv/m",
+        "hub_cache": None,
+        "expires": "2026-01-01T00:00:00Z",
+    }
+
+
+def test_leases_are_listed_and_broken_by_their_first_digits(stub, run):
+    stub.answer("GET /v1/leases", {"leases": [lease(0xAB << 120), lease(0xAC << 120, "other")]})
+    ran = run("leases")
+    assert ran.code == 0
+    assert [line.split()[:3] for line in ran.out.splitlines()[1:]] == [
+        ["ab0000000000", ENTRY, "uid=1000/pid=7/team/pod"],
+        ["ac0000000000", ENTRY, "other"],
+    ]
+    stub.answer(f"DELETE /v1/models/{ENTRY}/leases/{0xAB << 120:032x}", {})
+    assert run("leases", "--break", "ab").code == 0
+    assert calls(stub)[-1] == f"DELETE /v1/models/{ENTRY}/leases/{0xAB << 120:032x}"
+    for wanted, why in (("a", "2 leases begin so"), ("f", "no lease has this id"), ("", "no lease has this id")):
+        ran = run("leases", "--break", wanted)
+        assert ran.code == 3
+        assert why in ran.err

@@ -14,7 +14,10 @@ import pytest
 from nvcache import __version__
 from nvcache.cli import checks
 from nvcache.cli.checks import Verdict
+from nvcache.core.disk_codes import DISK_CODES, DiskCode
+from nvcache.core.kaito import LACKS
 from nvcache.settings import proxy_hosts
+from tests.unit.cli.conftest import model
 
 
 @pytest.fixture
@@ -166,6 +169,15 @@ def test_doctor_is_content_with_a_daemon_of_its_own_version(stub, run, quiet_mac
     assert "WHAT TO DO" in text
 
 
+def test_doctor_names_models_that_are_withdrawn(stub, run, quiet_machine, tmp_path):
+    stub.answer("GET /version", {"version": __version__, "api": "v1"})
+    stub.answer("GET /readyz", {"ready": True, "problems": [], "degraded": 2})
+    stub.answer("GET /v1/stripe", {"path": str(tmp_path)})
+    found = {finding["check"]: finding for finding in json.loads(run("doctor", "--json").out)["findings"]}
+    assert found["models"]["verdict"] == "warn"
+    assert found["models"]["detail"] == "2 models withdrawn: bytes went bad or are gone"
+
+
 def test_where_models_come_from_is_told_as_the_daemon_has_it(stub, run, quiet_machine, tmp_path, monkeypatch, hub_answer):
     endpoint = hub_answer()
     hub = {"scheme": "hf", "endpoint": endpoint, "token": True, "proxies": {"https": "proxy.example:3128"}, "no_proxy": True, "xet": False}
@@ -197,3 +209,58 @@ def test_doctor_without_a_daemon_or_usable_settings_still_looks_on(stub, run, qu
     assert ran.code == 1
     assert (found["settings"], found["daemon"]) == ("fail", "fail")
     assert "open files" in found
+
+
+def stripe_findings(ran):
+    return [(finding["verdict"], finding["detail"], finding["remedy"]) for finding in json.loads(ran.out)["findings"] if finding["check"] == "stripe"]
+
+
+def test_the_nodes_disks_are_told_with_the_remedy_of_each_code(stub, run, quiet_machine, tmp_path):
+    stub.answer("GET /version", {"version": __version__, "api": "v1"})
+    stub.answer("GET /readyz", {"ready": True, "problems": []})
+    mounted = {"backend": "md", "state": "mounted", "members": ["a", "b"], "array": "/dev/md127", "filesystem": "xfs", "mount": "/m"}
+    warned = {**mounted, "warnings": ["W01: 1 usable disk is not in the stripe"]}
+    absent = {"backend": None, "state": "absent", "code": "N03", "reason": "/dev/nvme1n1: D09 contains ext4", "path": None}
+    directory = {"backend": "directory", "state": "mounted"}
+    stub.answer("GET /v1/stripe", *({**found, "path": str(tmp_path)} for found in (mounted, warned)), absent, {**directory, "path": str(tmp_path)})
+    line = "md of 2 disks, /dev/md127, xfs, mounted at /m"
+    assert stripe_findings(run("doctor", "--json")) == [("ok", line, "")]
+    assert stripe_findings(run("doctor", "--json")) == [
+        ("ok", line, ""),
+        ("warn", "W01: 1 usable disk is not in the stripe", DISK_CODES[DiskCode.W01].remedy),
+    ]
+    ran = run("doctor", "--json")
+    assert stripe_findings(ran) == [("fail", "absent: N03 /dev/nvme1n1: D09 contains ext4", DISK_CODES[DiskCode.N03].remedy)]
+    assert ran.code == 1
+    assert stripe_findings(run("doctor", "--json")) == []
+
+
+def kaito_findings(ran):
+    return [(finding["verdict"], finding["detail"]) for finding in json.loads(ran.out)["findings"] if finding["check"] == "kaito"]
+
+
+def test_what_kaito_does_not_find_is_told(stub, run, quiet_machine, monkeypatch, tmp_path):
+    place, warning = tmp_path / "opt", f"{LACKS}: something is in the way"
+    lacking = model(warnings=["the index is wrong", warning])
+    stub.answer("GET /version", {"version": __version__, "api": "v1"})
+    stub.answer("GET /readyz", {"ready": True, "problems": []})
+    stub.answer("GET /v1/stripe", {"backend": "directory", "state": "mounted", "path": str(tmp_path)})
+    stub.answer("GET /v1/models", {"models": [lacking, model(warnings=["the index is wrong"])]}, {"models": []})
+    assert kaito_findings(run("doctor", "--json")) == []
+    monkeypatch.setenv("NVCACHE_KAITO_MODELS", str(place))
+    ran = run("doctor", "--json")
+    assert (ran.code, kaito_findings(ran)) == (1, [("fail", f"{place} is not a directory")])
+    place.mkdir()
+    stub.answer("GET /v1/models", {"models": [lacking, model(warnings=["the index is wrong"])]}, {"models": []})
+    assert kaito_findings(run("doctor", "--json")) == [("warn", f"{lacking['entry']}: {warning}")]
+    assert kaito_findings(run("doctor", "--json")) == [("ok", f"links are made in {place}")]
+
+
+@pytest.mark.parametrize("setting", [("NVCACHE_BACKEND", "md"), ("NVCACHE_BACKEND", "lvm"), ("NVCACHE_FOLLOW", "true")])
+def test_a_stripe_that_nobody_tells_about_is_unknown_and_its_store_not_judged(stub, run, quiet_machine, monkeypatch, setting):
+    monkeypatch.setenv("NVCACHE_SOCKET", "/nowhere/s.sock")
+    monkeypatch.delenv("NVCACHE_STORE")
+    monkeypatch.setenv(*setting)
+    ran = run("doctor", "--json")
+    assert [(verdict, remedy) for verdict, _, remedy in stripe_findings(ran)] == [("warn", checks.SEE_DISKS)]
+    assert "file system" not in {finding["check"] for finding in json.loads(ran.out)["findings"]}

@@ -40,6 +40,9 @@ def test_durations(seconds, text):
         (None, "-"),
         ("2025-01-02T00:00:00Z", "just now"),
         ("2025-01-02T00:00:05Z", "just now"),  # a clock that is ahead
+        ("2025-01-02T00:00:40Z", "in 40 s"),
+        ("2025-01-02T00:09:59.500Z", "in 9 min"),
+        ("2025-01-03T02:00:00Z", "in 1 d"),
         ("2025-01-01T23:55:00.000Z", "5 min ago"),
         ("2025-01-01T20:00:00Z", "4 h ago"),
         ("2024-12-30T00:00:00Z", "3 d ago"),
@@ -67,6 +70,13 @@ def test_a_table_in_a_pipe_is_never_cut_and_knows_no_markup(capsys):
     assert len(lines) == 2
     assert lines[0].split() == ["MODEL", "SIZE"]
     assert lines[1].split() == [name, "1.0", "GB"]
+
+
+def test_columns_in_a_pipe_stand_below_each_other(capsys):
+    output.table(
+        ["MODEL", "SIZE", "PIN"], [("a", "1.0 GB", ""), ("模型", "10.0 GB", "pinned"), ("e\u0301", output.state("ready"), "")], right=["SIZE"]
+    )
+    assert capsys.readouterr().out == "MODEL     SIZE  PIN\na       1.0 GB\n模型   10.0 GB  pinned\ne\u0301        ready\n"
 
 
 def test_json_keeps_letters_and_one_line_mode(capsys):

@@ -16,6 +16,7 @@ from nvcache.core.ref import (
     Ref,
     Scheme,
     SlugName,
+    blobs_of,
     is_commit,
     parse_alias,
     parse_entry,
@@ -42,7 +43,19 @@ hub_refs = st.builds(
     Ref, st.just(Scheme.HF), st.lists(hub_parts, min_size=1, max_size=2).map("/".join), st.none() | branches | commits | st.just("refs/pr/7")
 )
 file_refs = st.builds(Ref, st.just(Scheme.FILE), paths, st.none() | listings)
-refs = hub_refs | file_refs
+moments = st.datetimes().map(lambda moment: moment.isoformat(timespec="seconds") + "Z")
+accounts = st.from_regex(r"[a-z0-9]{3,24}", fullmatch=True)
+containers = st.from_regex(r"[a-z0-9](-?[a-z0-9]){2,20}", fullmatch=True) | st.sampled_from(["$root", "$web"])
+prefixes = st.lists(segments, max_size=3).map(lambda parts: "".join(f"/{part}" for part in parts))
+sites = st.sampled_from(["http://127.0.0.1:10000/acc", "http://[::1]/acc", "https://x.blob.core.chinacloudapi.cn", "http://x.blob.core.windows.net"])
+blob_refs = st.builds(
+    lambda where, container, prefix, revision: Ref(Scheme.AZ, f"{where}/{container}{prefix}", revision),
+    accounts | sites,
+    containers,
+    prefixes,
+    st.none() | listings | moments | st.from_regex(r"[0-9a-f]{7,39}", fullmatch=True),
+)
+refs = hub_refs | file_refs | blob_refs
 
 
 def refused(text: str) -> str:
@@ -51,6 +64,59 @@ def refused(text: str) -> str:
     assert caught.value.code is Code.BAD_REFERENCE
     assert str(caught.value).startswith("cannot read model reference ")
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "parts"),
+    [
+        ("az://acct/cont/pre/fix", "az://acct/cont/pre/fix", (None, "acct", "cont", "pre/fix")),
+        ("az://acct/cont/", "az://acct/cont", (None, "acct", "cont", "")),
+        ("https://acct.blob.core.windows.net/cont/a%20b", "az://acct/cont/a%20b", (None, "acct", "cont", "a b")),
+        ("https://ACCT.blob.core.windows.net:443/cont/p/", "az://acct/cont/p", (None, "acct", "cont", "p")),
+        (
+            "https://acct.blob.core.usgovcloudapi.net/cont/p",
+            "https://acct.blob.core.usgovcloudapi.net/cont/p",
+            ("https://acct.blob.core.usgovcloudapi.net", "acct", "cont", "p"),
+        ),
+        ("http://127.0.0.1:10000/dev/cont/p", "http://127.0.0.1:10000/dev/cont/p", ("http://127.0.0.1:10000/dev", "dev", "cont", "p")),
+        ("http://azurite:10000/dev/cont", "http://azurite:10000/dev/cont", ("http://azurite:10000/dev", "dev", "cont", "")),
+    ],
+)
+def test_where_blobs_are(text: str, read: str, parts: tuple[str | None, str, str, str]) -> None:
+    ref = parse_ref(text)
+    assert (str(ref), blobs_of(ref)) == (read, parts)
+    assert parse_ref(f"{text}@2026-01-31T12:00:00.1234567Z").revision == "2026-01-31T12:00:00.1234567Z"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("az://acct", "az://account/container"),
+        ("az://Acct/cont", "no storage account"),
+        ("az://acct/c", "no container"),
+        ("az://acct/a--b", "no container"),
+        ("az://acct/cont/a//b", "empty"),
+        ("az://acct/cont/../b", "'..'"),
+        ("az://acct/cont@main", "no revision of blobs"),
+        ("az://acct/cont/a%00b", "control"),
+        ("https://huggingface.co/org/name", "org/name"),
+        ("https://acct.blob.core.windows.net/", "container[/prefix]"),
+        ("http://127.0.0.1:10000/dev", "account/container[/prefix]"),
+        ("http://x:y/dev/cont", "no URL"),
+        ("http:///cont", "no host"),
+        ("ftp://acct/cont", "unknown scheme"),
+    ],
+)
+def test_blobs_that_cannot_be_named(text: str, why: str) -> None:
+    assert why in refused(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://acct.blob.core.windows.net/cont?sv=1&sig=SECRET", "az://acct/cont/p?sig=SECRET", "https://user:SECRET@acct.blob.core.windows.net/cont"],
+)
+def test_a_secret_in_a_reference_is_not_repeated(text: str) -> None:
+    assert "SECRET" not in refused(text)
 
 
 @given(refs)
@@ -69,7 +135,7 @@ def test_the_scheme_of_the_hub_may_be_left_out(ref: Ref) -> None:
 
 @given(refs)
 def test_slugs_are_safe_as_file_name_and_url_segment(ref: Ref) -> None:
-    assert re.fullmatch(r"(hf|file)--[A-Za-z0-9_.=-]+", ref.slug)
+    assert re.fullmatch(r"(hf|file|az)--[A-Za-z0-9_.=-]+", ref.slug)
     assert len(ref.slug.encode()) <= SLUG_LIMIT
     assert ref.slug == ref.at(None).slug == ref.at("a" * 40).slug
 

@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nvcache.core.digest import git_blob_header
+from nvcache.core.digest import Algorithm, Digest, git_blob_header
 from nvcache.engine.pump import Pump
 from nvcache.errors import Code, Interrupted, SourceError
 from nvcache.store.files import aligned_buffer
@@ -73,18 +73,22 @@ def record(ingest: Ingest, data: bytes, index: int, *, right: bool) -> None:
     lanes=st.integers(1, 5),
     earlier=st.dictionaries(st.integers(0, 12), st.booleans()),
     seed=st.integers(0, 2**32),
+    algorithm=st.sampled_from([None, Algorithm.GIT_SHA1, Algorithm.MD5]),
 )
-def test_any_history_ends_in_the_right_digests(root: Root, size: int, lanes: int, earlier: dict[int, bool], seed: int) -> None:
+def test_any_history_ends_in_the_right_digests(
+    root: Root, size: int, lanes: int, earlier: dict[int, bool], seed: int, algorithm: Algorithm | None
+) -> None:
     data = random.Random(seed).randbytes(size)
     ingest = Ingest.open(root.layout, f"k{seed}-{size}", size, chunk_size=CHUNK)
     earlier = {index: right for index, right in earlier.items() if index < ingest.count}
     for index, right in earlier.items():
         record(ingest, data, index, right=right)
     asked: list[int] = []
-    pump = Pump(ingest, lambda: MemoryReader(data, asked, jitter=random.Random(seed)), lanes, git=True)
+    pump = Pump(ingest, lambda: MemoryReader(data, asked, jitter=random.Random(seed)), lanes, also=algorithm)
     done = pump.run()
     assert done.sha256 == hashlib.sha256(data).hexdigest()
-    assert done.git_sha1 == hashlib.sha1(git_blob_header(size) + data).hexdigest()
+    also = {Algorithm.GIT_SHA1: hashlib.sha1(git_blob_header(size) + data), Algorithm.MD5: hashlib.md5(data)}
+    assert done.also == (Digest(algorithm, also[algorithm].hexdigest()) if algorithm else None)
     assert done.chunks == b"".join(xxhash.xxh3_64_intdigest(data[at : at + CHUNK]).to_bytes(8, "little") for at in range(0, size, CHUNK))
     missing = {index * CHUNK for index in range(ingest.count) if not earlier.get(index)}
     assert sorted(asked) == sorted(missing), "each missing or wrong chunk is fetched once"

@@ -6,9 +6,9 @@ import pytest
 
 from nvcache.core.manifest import Manifest
 from nvcache.core.ref import EntryId, parse_name, parse_ref
-from nvcache.engine.shelf import Entry, Shelf
+from nvcache.engine.shelf import Entry, LeaseBook, Shelf
 from nvcache.errors import Code, RequestError
-from nvcache.store.catalog import EntryState
+from nvcache.store.catalog import EntryState, Lease
 
 FIRST, SECOND, OTHER = "cef110c9f631" + "0" * 28, "cef110c9f632" + "0" * 28, "20240101" + "f" * 32
 LISTING = "ab" * 32
@@ -60,3 +60,21 @@ def test_a_tag_that_looks_like_digits_is_a_tag_first() -> None:
     shelf = shelf_of(f"org/mini@{FIRST}", names=("20240101",))
     shelf.put(shelf_of(f"org/mini@{OTHER}").entries[EntryId("hf--org--mini", OTHER)])
     assert shelf.find(parse_name("org/mini@20240101")) == EntryId("hf--org--mini", FIRST)
+
+
+def test_the_leases_of_an_entry_are_found_without_those_of_others() -> None:
+    one, two = EntryId("hf--a--b", FIRST), EntryId("hf--a--b", SECOND)
+    book = LeaseBook()
+    first, second, third = (Lease(name, entry, "pod", 10.0, 5.0) for name, entry in (("x", one), ("y", two), ("z", one)))
+    for lease in (first, second, third):
+        book[lease.id] = lease
+    assert (list(book.of(one)), list(book.of(two)), len(book)) == ([first, third], [second], 3)
+    renewed = book["x"] = Lease("x", one, "pod", 20.0, 5.0)
+    assert list(book.of(one)) == [renewed, third]
+    moved = book["z"] = Lease("z", two, "pod", 10.0, 5.0)
+    assert (list(book.of(one)), list(book.of(two))) == ([renewed], [second, moved])
+    assert book.pop("x", None) is renewed
+    assert book.pop("x", None) is None
+    assert (list(book.of(one)), list(book)) == ([], ["y", "z"])
+    with pytest.raises(KeyError):
+        del book["x"]

@@ -58,6 +58,25 @@ def test_a_whole_file_becomes_a_read_only_blob(layout: Layout, direct: bool) -> 
     assert not layout.ingest_dir(KEY).exists()
 
 
+def test_what_was_lent_is_known_after_a_restart(layout: Layout) -> None:
+    """Until it is forgotten, or written by somebody who is vouched for; a file of one chunk is made in one go."""
+    with_mirror = Ingest.open(layout, KEY, SIZE, chunk_size=CHUNK, lent=True)
+    fill(with_mirror, DATA, [0, 1, 2])
+    assert with_mirror.lent_chunks() == {0, 1, 2}
+    with_mirror.close()
+    ingest = reopen(layout)
+    assert ingest.lent_chunks() == {0, 1, 2}
+    ingest.forget(0)
+    fill(ingest, DATA, [1, 3])
+    assert ingest.lent_chunks() == {2}
+    ingest.close()
+    again = reopen(layout)
+    assert (again.lent_chunks(), again.recorded().keys()) == ({2}, {1, 2, 3})
+    again.restart()
+    assert again.lent_chunks() == frozenset()
+    again.close()
+
+
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1])
 def test_every_size_round_trips(layout: Layout, size: int) -> None:
     data = noise(size, seed=size)

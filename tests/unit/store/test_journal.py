@@ -38,6 +38,20 @@ def test_what_was_written_is_read(history: list[tuple[bool, int, int]]) -> None:
     assert (found.size, found.chunk_size, found.chunks, found.length) == (SIZE, CHUNK, says[-1], len(data))
 
 
+@given(st.lists(st.tuples(st.sampled_from(["good", "lent", "gone"]), st.integers(0, 3)), max_size=20))
+def test_whose_word_a_chunk_is(history: list[tuple[str, int]]) -> None:
+    """The last record about a chunk says whether somebody vouches for it."""
+    data = journal.header(KEY, SIZE, CHUNK)
+    last: dict[int, str] = {}
+    for kind, index in history:
+        data += journal.gone(KEY, index) if kind == "gone" else journal.good(KEY, index, 7, lent=kind == "lent")
+        last[index] = kind
+    found = journal.decode(KEY, data)
+    assert found is not None
+    assert found.chunks.keys() == {index for index, kind in last.items() if kind != "gone"}
+    assert found.lent == {index for index, kind in last.items() if kind == "lent"}
+
+
 @given(steps, st.data())
 def test_a_torn_tail_is_dropped(history: list[tuple[bool, int, int]], draw: st.DataObject) -> None:
     data, says = written(history)

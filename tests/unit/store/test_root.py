@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nvcache.core.ref import EntryId, parse_ref
-from nvcache.errors import Code, ConfigError, IntegrityError, RequestError
+from nvcache.errors import Code, ConfigError, DiskError, IntegrityError, RequestError
 from nvcache.store.catalog import Catalog, EntryState
 from nvcache.store.ingest import Ingest, ingest_key
 from nvcache.store.layout import Layout
@@ -34,7 +34,7 @@ def test_an_empty_directory_becomes_a_store_whatever_the_umask(tmp_path: Path) -
     finally:
         os.umask(old)
     found = modes(layout)
-    private = {"ingest", "ingest/plans", "ingest/receipts", "state", "quarantine", "leases", "tmp"}
+    private = {"ingest", "ingest/plans", "ingest/receipts", "state", "timelines", "quarantine", "leases", "tmp"}
     assert {name for name, mode in found.items() if mode == 0o700} == private
     assert all(mode == 0o755 for name, mode in found.items() if name not in private)
     assert len([name for name in found if name.startswith("blobs/sha256/")]) == 256
@@ -54,6 +54,33 @@ def test_a_store_keeps_its_id_and_its_content(tmp_path: Path) -> None:
     assert len(again.store_id) == 32
     assert again.layout.blob(digest).read_bytes() == DATA
     again.close()
+
+
+def test_a_store_made_at_format_time_is_empty_as_long_as_its_folders_are(tmp_path: Path) -> None:
+    """Whoever formats the stripe makes the folders that pods mount, and no more."""
+    for folder in ("models", "hub"):
+        (tmp_path / "store" / folder).mkdir(parents=True)
+    root = Root.open(tmp_path / "store", make=False)
+    assert root.layout.format_file.exists()
+    root.close()
+
+
+@pytest.mark.parametrize("foreign", ["models/somebody/else", "hub/models--a--b", "models"])
+def test_folders_of_that_name_with_something_in_them_are_foreign(tmp_path: Path, foreign: str) -> None:
+    path = tmp_path / "store" / foreign
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(ConfigError) as error:
+        Root.open(tmp_path / "store")
+    assert error.value.code is Code.STORE_FOREIGN
+    assert [str(found.relative_to(tmp_path / "store")) for found in (tmp_path / "store").rglob("*") if found.is_file()] == [foreign]
+
+
+def test_a_store_that_is_missing_is_made_only_where_it_may(tmp_path: Path) -> None:
+    with pytest.raises(DiskError) as error:
+        Root.open(tmp_path / "mnt" / "store", make=False)
+    assert error.value.code is Code.NO_STRIPE
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_store_behind_a_symlink_and_a_fresh_file_system_are_fine(tmp_path: Path) -> None:
@@ -187,13 +214,16 @@ def test_the_sweep_empties_tmp_and_drops_ingests_without_a_plan(tmp_path: Path) 
     root.close()
 
 
-def test_the_sweep_drops_an_ingest_that_became_a_blob(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [["data", "journal"], ["data"], []], ids=str)
+def test_the_sweep_drops_an_ingest_that_became_a_blob(tmp_path: Path, left: list[str]) -> None:
     root = Root.open(tmp_path / "store")
     layout = root.layout
     Catalog(layout).write_plan(plan_of({"model.safetensors": DATA}))
     key = ingest_key(sha256(DATA), len(DATA))
     Ingest.open(layout, key, len(DATA), chunk_size=CHUNK).close()
     os.link(layout.ingest_dir(key) / "data", layout.blob(sha256(DATA)))
+    for name in set(os.listdir(layout.ingest_dir(key))).difference(left):  # its removal was cut short
+        (layout.ingest_dir(key) / name).unlink()
     root.sweep()
     assert layout.blob(sha256(DATA)).stat().st_nlink == 1
     assert not layout.ingest_dir(key).exists()

@@ -324,6 +324,23 @@ def test_blob_folders_are_synced_before_anything_is_shown(layout: Layout, views:
     assert {str(layout.blob(sha256(data)).parent) for data in FILES.values()} <= set(synced)
 
 
+def test_a_disk_that_fails_at_the_first_step_leaves_nothing_half_made(layout: Layout, views: Views, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory is there and cannot be given its mode."""
+    for data in FILES.values():
+        add_blob(layout, data)
+    real = os.fchmod
+
+    def fchmod(fd: int, mode: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(f"{layout.tmp}/"):
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd, mode)
+
+    monkeypatch.setattr(os, "fchmod", fchmod)
+    with pytest.raises(DiskError):
+        views.publish(manifest_of(FILES), hub_id=None)
+    assert list(layout.tmp.iterdir()) == []
+
+
 def test_pruning_removes_what_no_entry_has(layout: Layout, views: Views) -> None:
     kept = make_ready(layout, FILES)
     make_ready(layout, FILES, commit=OTHER)
@@ -348,6 +365,53 @@ def test_pruning_removes_what_no_entry_has(layout: Layout, views: Views) -> None
     assert views.prune([(kept, "org/model")]) == []
     views.prune([])
     assert (os.listdir(layout.models), os.listdir(layout.hub)) == ([], [])
+
+
+def test_kaito_is_shown_one_entry_of_a_name_and_exactly_that(layout: Layout, views: Views) -> None:
+    first = make_ready(layout, FILES, hub_id="Org/Model")
+    second = make_ready(layout, {"config.json": FILES["config.json"]}, hub_id="Org/Model", commit=OTHER)
+    views.publish_kaito(first, hub_id="Org/Model")
+    view = layout.kaito / "org-model"
+    assert tree(view) == FILES
+    assert (view / "config.json").samefile(layout.blob(first.by_path["config.json"].sha256))
+    assert (views.kaito_shows(first, "Org/Model"), views.kaito_shows(second, "Org/Model")) == (True, False), "the second has fewer files"
+    assert views.complete(first, "Org/Model", "Org/Model")
+    (view / "empty.txt").unlink()
+    assert not views.complete(first, "Org/Model", "Org/Model")
+    assert not views.kaito_shows(first, "Org/Model")
+    views.publish_kaito(first, hub_id="Org/Model")
+    assert views.kaito_shows(first, "Org/Model")
+    for _ in range(2):
+        views.withdraw_kaito(hub_id="Org/Model")
+        assert (os.listdir(layout.kaito), os.listdir(layout.tmp)) == ([], [])
+    views.publish_kaito(second, hub_id="Org/Model")
+    assert tree(view) == {"config.json": FILES["config.json"]}
+    assert views.prune([(first, "Org/Model"), (second, "Org/Model")], kaito={"org-model"}) == []
+    assert views.prune([(first, "Org/Model"), (second, "Org/Model")]) == ["kaito/org-model"]
+    assert os.listdir(layout.kaito) == []
+    with pytest.raises(RequestError):
+        views.publish_kaito(first, hub_id="../escape")
+
+
+@pytest.mark.parametrize("place", ["kaito", "kaito/org-model"])
+@pytest.mark.parametrize("how", ["withdraw", "prune", "publish"])
+def test_planted_symlinks_in_kaito_s_place_are_not_followed(layout: Layout, views: Views, tmp_path: Path, place: str, how: str) -> None:
+    manifest = make_ready(layout, FILES)
+    views.publish_kaito(manifest, hub_id="org/model")
+    victim, planted = tmp_path / "victim", layout.root / place
+    planted.rename(victim)
+    planted.symlink_to(victim)
+    before = tree(victim)
+    match how:
+        case "withdraw":
+            views.withdraw_kaito(hub_id="org/model")
+        case "prune":
+            views.prune([(manifest, "org/model")])
+        case "publish":
+            views.publish_kaito(manifest, hub_id="org/model")
+            assert views.kaito_shows(manifest, "org/model")
+    assert tree(victim) == before
+    assert not planted.is_symlink()
 
 
 def test_thousands_of_files_in_hundreds_of_folders(layout: Layout, views: Views) -> None:

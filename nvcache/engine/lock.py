@@ -1,0 +1,42 @@
+"""One run at a time: the locks in the run directory. They keep nvcaches from each other and nobody else from the disks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from nvcache.engine import clock
+from nvcache.errors import Code, DiskError
+from nvcache.system.flock import take_lock
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # how a folder is opened that somebody else could replace
+KEEPER_LOCK = "watch.lock"  # in the run directory; held by the keeper for as long as it runs
+
+
+@contextmanager
+def run_lock(path: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
+    """One holder at a time on this node; a lock that is taken is tried for again for `patience` seconds.
+
+    Raises `DiskError`: disks-busy naming the process that has it, disks-refused, disk-io.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as opened:
+            folder = os.open(path.parent, FOLDER)
+            opened.callback(os.close, folder)
+            if os.fstat(folder).st_uid not in (0, os.geteuid()):  # whoever made it could have this process write anywhere
+                raise DiskError(Code.DISKS_REFUSED, f"cannot {doing}: {path.parent} belongs to another user", hint=f"remove {path.parent}")
+            handle = os.open(path.name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    except OSError as error:
+        raise DiskError(Code.DISK_IO, f"cannot {doing}: cannot use {path}: {error.strerror}") from error
+    try:
+        if not take_lock(handle, until=clock.monotonic() + patience):
+            who = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
+            raise DiskError(Code.DISKS_BUSY, f"cannot {doing}: the process {who or '?'} does so just now")
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)

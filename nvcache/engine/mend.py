@@ -1,0 +1,156 @@
+"""The jobs that verify and repair entries, and the persistence of the second. What they do to an entry is `repair`'s and `scrub`'s matter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from nvcache.core.plan import Priority
+from nvcache.core.ref import EntryId
+from nvcache.core.states import JobState
+from nvcache.core.timeline import Kind
+from nvcache.engine.context import Context
+from nvcache.engine.jobs import Job, Jobs
+from nvcache.engine.persist import persist
+from nvcache.engine.repair import Repairer
+from nvcache.engine.scrub import survey
+from nvcache.engine.shelf import Entry
+from nvcache.errors import Code, IntegrityError, Interrupted, NvcacheError, RequestError
+
+log = logging.getLogger(__name__)
+Spawn = Callable[[Coroutine[Any, Any, None], str], None]  # start a task, by name, that ends with the store
+
+
+class Mender:
+    """Verifications and repairs of one store's entries. All methods belong to the event loop."""
+
+    def __init__(self, context: Context, jobs: Jobs, repairer: Repairer, spawn: Spawn) -> None:
+        self._do = context
+        self._jobs = jobs
+        self._repairer = repairer
+        self._spawn = spawn
+        self._mending: set[EntryId] = set()
+
+    def verify(self, entry_id: EntryId, bandwidth: int | None = None) -> Job:
+        """A job that reads every byte of an entry back and repairs what is bad. It is read as fast as it goes, or at `bandwidth` bytes a second."""
+        entry = self._do.shelf.entries[entry_id]
+
+        async def work(job: Job) -> None:
+            if bandwidth is None or entry.broken is not None:
+                await self._judge(job, entry_id)
+            else:
+                await self._survey(job, entry, bandwidth, fresh=0.0)
+
+        return self._start(entry, "verify", work, bandwidth)
+
+    def scrub(self, entry_id: EntryId, bandwidth: int, fresh: float) -> Job:
+        """Like `verify`, behind all other work, going on where a scrub was cut short that began less than `fresh` seconds ago."""
+        entry = self._do.shelf.entries[entry_id]
+
+        async def work(job: Job) -> None:
+            await self._survey(job, entry, bandwidth, fresh)
+            self._do.counters.scrubs += 1
+            self._do.counters.scrub_failures += bool(job.bad_files)
+
+        return self._start(entry, "scrub", work, bandwidth)
+
+    async def _survey(self, job: Job, entry: Entry, bandwidth: int, fresh: float) -> None:
+        """Read slowly and without a lock; then, with the lock, believe it or look again."""
+        job.move(JobState.VERIFYING)
+        wrong = await survey(self._do, job, entry, bandwidth, fresh)
+        async with self._do.entry_locks(entry.id):
+            if self._do.shelf.entries.get(entry.id) is not entry:
+                raise Interrupted(Code.CANCELLED, f"cannot finish the reading of {entry.id}: it was changed or removed meanwhile")
+            if wrong is None and entry.broken is None:
+                await self._repairer.proven(job, entry)
+                job.move(JobState.DONE)
+                return
+        job.priority = Priority.REPAIR
+        job.read_again()
+        await self._judge(job, entry.id, wrong)
+
+    async def _judge(self, job: Job, entry_id: EntryId, first: str | None = None) -> None:
+        """Read everything with the lock of the entry, the blob `first` before all others, and repair what is bad."""
+        try:
+            async with self._do.entry_locks(entry_id):
+                found = self._do.shelf.entries.get(entry_id)
+                if found is None:
+                    raise RequestError(Code.UNKNOWN_MODEL, f"cannot verify {entry_id}: it was removed meanwhile")
+                if found.broken is None:
+                    await self._repairer.verify(job, found, first)
+                if found.broken is not None:  # also when a look-up found files gone meanwhile
+                    await self._repairer.recover(job, found)
+        except NvcacheError as error:
+            found = self._do.shelf.entries.get(entry_id)
+            if found is not None and found.broken is not None and error.code is not Code.STOPPING:
+                self.keep_mending(entry_id)
+            raise
+        finally:
+            self._leave_none()
+        job.move(JobState.DONE)
+
+    def _leave_none(self) -> None:
+        """Who shared bad files with an entry was withdrawn with it. If it could not be mended, he may be, from his own source."""
+        for entry in self._do.shelf.entries.values():
+            if entry.broken is not None:
+                self.keep_mending(entry.id)
+
+    def keep_mending(self, entry_id: EntryId) -> None:
+        """Repair a withdrawn entry, again and again until it is whole or removed; one such task for an entry."""
+        if entry_id in self._mending:
+            return
+
+        async def mend() -> None:
+            try:
+                await persist(partial(self._repair, entry_id), f"the repair of {entry_id}")
+            finally:
+                self._mending.discard(entry_id)
+
+        self._mending.add(entry_id)
+        self._spawn(mend(), f"mend-{entry_id}")
+
+    def doubt(self, entry: Entry) -> None:
+        """A look-up found that somebody wrote to files of the entry, which nobody may: they are read at once."""
+        log.warning("files of a model were written to; it is verified", extra={"facts": {"model": str(entry.id)}})
+        self.verify(entry.id)
+
+    def withdraw(self, entry: Entry) -> None:
+        """A look-up found files missing or of another size: from now on the entry is not served, until it is whole again."""
+        log.error("files of a model are gone or short; it is withdrawn and repaired", extra={"facts": {"model": str(entry.id)}})
+        entry.broken = IntegrityError(Code.DEGRADED, f"cannot serve {entry.id}: files of it are gone or short")
+        self._do.counters.verify_failures += 1
+        self._do.timeline.note(entry.id, Kind.WITHDRAWN, what="files of it are gone or short", code=str(Code.DEGRADED))
+        self._do.changed(entry.id)
+        self._spawn(self._do.kaito.settle(), f"kaito-{entry.id}")
+        self.keep_mending(entry.id)
+
+    def _repair(self, entry_id: EntryId) -> Job | None:
+        """A job that brings a withdrawn entry back; None when there is nothing to bring back any more."""
+        entry = self._do.shelf.entries.get(entry_id)
+        if entry is None or entry.broken is None:
+            return None
+
+        async def work(job: Job) -> None:
+            try:
+                async with self._do.entry_locks(entry_id):
+                    found = self._do.shelf.entries.get(entry_id)
+                    if found is not None and found.broken is not None:
+                        await self._repairer.recover(job, found)
+            finally:
+                self._leave_none()
+            job.move(JobState.DONE)
+
+        return self._start(entry, "repair", work)
+
+    def _start(self, entry: Entry, kind: str, work: Callable[[Job], Coroutine[Any, Any, None]], bandwidth: int | None = None) -> Job:
+        """Verification and repair of one entry share a flight: each does the other's work where that is needed.
+
+        Nobody waits for a slow reading who wants a quick one, or a repair.
+        """
+        priority = Priority.SCRUB if kind == "scrub" else Priority.REPAIR
+        job, _ = self._jobs.start(("verify", entry.id, bandwidth), kind, entry.manifest.ref, work, priority)
+        self._jobs.bind(job, entry.id)
+        self._do.timeline.follow(job)
+        return job

@@ -1,0 +1,38 @@
+"""Work that nobody waits for is tried again until it succeeds. It knows no work itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from nvcache.core.states import JobState
+from nvcache.engine.jobs import Job
+
+log = logging.getLogger(__name__)
+RETRY_FIRST, RETRY_MOST = 5.0, 300.0  # seconds between two tries
+LONGEST_ASKED = 3600.0  # seconds that a source may ask for between them
+RETRY_REFUSED = 600.0  # where the error says that trying again is no use: the world may still change
+
+
+async def persist(start: Callable[[], Job | None], what: str, *, refused: float | None = RETRY_REFUSED) -> None:
+    """Run a job again, ever less often, until it succeeds or there is none to start.
+
+    `refused` is the pause in seconds after an error that says that trying again is no use; None gives up then.
+    """
+    pause = RETRY_FIRST
+    while True:
+        job = start()
+        if job is None:
+            return
+        if job.task is not None:
+            await asyncio.wait({job.task})
+        if job.state in (JobState.DONE, JobState.CANCELLED) or job.error is None:
+            return
+        if not job.error.retryable and refused is None:
+            return
+        wait = pause if job.error.retryable else refused or pause
+        facts = {"model": job.ref.slug, "job": job.id, "code": job.error.code}
+        log.warning("%s failed and is tried again in %g s: %s", what, wait, job.error, extra={"facts": facts})
+        await asyncio.sleep(max(wait, min(job.error.retry_after_s or 0, LONGEST_ASKED)))
+        pause = min(RETRY_MOST, pause * 2)

@@ -1,0 +1,1 @@
+"""Azure Blob as a source: listing, credentials and pinning. The bytes come by the ranged reader."""

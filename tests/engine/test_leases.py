@@ -1,0 +1,115 @@
+"""Leases live on the disk and by the clock: a restart gives them time, their end lets go, and what a process reads is known without one."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from pathlib import Path
+
+import pytest
+
+from nvcache.engine import clock, session
+from nvcache.engine.leases import GRACE
+from nvcache.errors import Code, DiskError, RequestError
+from tests.engine.conftest import Bed, ready, repo, run, until, weights
+
+SIZE = 100_000
+
+
+def stock(bed: Bed, *names: str) -> None:
+    for seed, name in enumerate(names):
+        bed.hub.repos[f"acme/{name}"] = repo({"model.safetensors": weights(seed, SIZE)})
+
+
+@pytest.mark.parametrize("ttl", [5.0, 3600.0])
+def test_after_a_restart_every_lease_has_time_enough_to_be_renewed(bed: Bed, monkeypatch: pytest.MonkeyPatch, ttl: float) -> None:
+    """Also one that ran out while no daemon ran; and none is made shorter."""
+    stock(bed, "m")
+    away = 600.0
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            await ready(engine, "acme/m")
+            held = await engine.lease("acme/m", "the pod", ttl)
+        began = time.time() + away
+        monkeypatch.setattr(clock, "unix", lambda: time.time() + away)
+        async with bed.engine() as engine:
+            (again,) = engine.leases()
+            assert (again.lease, again.holder) == (held.lease, "the pod")
+            assert again.expires.timestamp() >= max(began + GRACE, held.expires.timestamp())
+            with pytest.raises(RequestError) as refused:
+                await engine.remove("acme/m")
+            assert refused.value.code is Code.LEASED
+            (holder,) = refused.value.facts["holders"]  # type: ignore[misc]
+            assert (holder["lease"], holder["holder"]) == (held.lease, "the pod")
+
+    assert GRACE >= 120
+    run(test())
+
+
+def test_a_lease_that_runs_out_lets_go(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock(bed, "m")
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            assert engine.session is not None
+            status = await ready(engine, "acme/m")
+            await engine.lease("acme/m", "the pod", 60)
+            assert (await engine.model("acme/m")).leases == 1
+            monkeypatch.setattr(clock, "unix", lambda: time.time() + 61)
+            assert engine.leases() == []
+            await engine.session.leases.expire()
+            assert list(bed.store.glob("leases/*")) == []
+            assert engine.counters.leases_expired == 1
+            await engine.remove(status.entry)
+
+    run(test())
+
+
+def test_what_a_process_reads_is_known_without_a_lease(bed: Bed) -> None:
+    stock(bed, "read", "idle")
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            assert engine.session is not None
+            look = engine.session.evictor.look_who_reads
+            status = await ready(engine, "acme/read")
+            await ready(engine, "acme/idle")
+            with (Path(status.path or "") / "model.safetensors").open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with mapped:
+                await look()
+                assert {model.hub_id: model.in_use for model in engine.models()} == {"acme/read": True, "acme/idle": False}
+                assert (await engine.model("acme/read")).in_use
+            async with engine.watch(status.entry) as told:
+                assert (await told.get()).in_use  # type: ignore[union-attr]
+                await look()
+                assert not (await told.get()).in_use  # type: ignore[union-attr]
+
+    run(test())
+
+
+def test_a_disk_that_keeps_a_lease_does_not_end_what_goes_on_by_itself(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock(bed, "m")
+    monkeypatch.setattr(session, "MEASURE_EVERY", 0.05)
+    tries = 0
+
+    def fails(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise DiskError(Code.DISK_IO, "cannot remove it: the disk fails", facts={"errno": "EIO"})
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            assert engine.session is not None
+            await ready(engine, "acme/m")
+            for _ in range(2):
+                await engine.lease("acme/m", "the pod", 60)
+            monkeypatch.setattr(engine.session.do.catalog, "remove_lease", fails)
+            monkeypatch.setattr(clock, "unix", lambda: time.time() + 61)
+            await until(lambda: tries, lambda tries: tries == 2)
+            assert engine.counters.leases_expired == 2
+            assert engine.leases() == []
+            await until(engine.problems, lambda problems: not problems)
+
+    run(test())
