@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/sendfile.h>
@@ -40,7 +41,7 @@ struct control {
 };
 
 static struct control *shared;
-static char preload[PATH + 16], told[PATH + 16];
+static char preload[PATH + 16], told[PATH + 16], *control_file = told + sizeof "FAULTFS=" - 1;
 static int (*real_execve)(const char *, char *const[], char *const[]);
 
 #define REAL(name) __extension__({ \
@@ -75,9 +76,9 @@ int execve(const char *path, char *const argv[], char *const envp[]) {
     return real_execve(path, argv, (char *const *)with);
 }
 
-/* Whether this call is to fail; it is counted if it is one of those that matter. `length` 0: it has no place in the file. */
-static int hit_path(enum kind kind, const char *call, const char *path, off64_t offset, size_t length) {
-    if (!shared || !(shared->kinds & kind)) return 0;
+/* What `hit_path` tells, while the rule stays as it is. */
+static int judge(enum kind kind, const char *call, const char *path, off64_t offset, size_t length) {
+    if (!(shared->kinds & kind)) return 0;
     if (fnmatch(shared->glob, path, 0) != 0) return 0;
     if (shared->to && length && ((uint64_t)offset >= shared->to || (uint64_t)offset + length <= shared->from)) return 0;
     uint64_t number = __atomic_add_fetch(&shared->seen, 1, __ATOMIC_SEQ_CST);
@@ -92,6 +93,21 @@ static int hit_path(enum kind kind, const char *call, const char *path, off64_t 
         kill(getpid(), SIGKILL);
     }
     return 1;
+}
+
+/* Whether this call is to fail; it is counted if it is one of those that matter. `length` 0: it has no place in the file.
+ *
+ * Judged under a lock that faultfs.py takes for itself to change the rule: once a rule is lifted, nothing fails or dies by it. The lock is of an
+ * open file of this call's own, so that threads share it as processes do, and the kernel takes it back from whoever is killed. */
+static int hit_path(enum kind kind, const char *call, const char *path, off64_t offset, size_t length) {
+    if (!shared || !(shared->kinds & kind)) return 0;
+    int lock = REAL(open64)(control_file, O_RDONLY | O_CLOEXEC);
+    if (lock < 0) abort();
+    while (flock(lock, LOCK_SH) < 0)
+        if (errno != EINTR) abort();
+    int hit = judge(kind, call, path, offset, length);
+    REAL(close)(lock);
+    return hit;
 }
 
 static int failing(void) {

@@ -17,14 +17,18 @@ from __future__ import annotations
 import ctypes
 import mmap
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntFlag
 from pathlib import Path
 from typing import NamedTuple
 
+from nvcache.system.flock import take_lock
+
 EVER = 2**64 - 1
 _PATH, _TRACED = 512, 8192
+_BOUND = 10.0  # seconds; a call is judged in microseconds, on a busy machine in some more
 
 
 class Kind(IntFlag):
@@ -81,6 +85,7 @@ class FaultFs:
         control.write_bytes(bytes(ctypes.sizeof(_Control)))
         with control.open("r+b") as file:
             self._control = _Control.from_buffer(mmap.mmap(file.fileno(), 0))
+        self._path = control
         self.environment = {"LD_PRELOAD": str(library), "FAULTFS": str(control)}
 
     def watch(self, glob: str, kinds: Kind = Kind.CHANGES) -> None:
@@ -113,8 +118,9 @@ class FaultFs:
             self.lift()
 
     def lift(self) -> None:
-        """No call fails or is counted any more; what was counted stays to be read."""
-        self._control.kinds = 0
+        """No call fails or is counted any more, not even one that is being judged now; what was counted stays to be read."""
+        with self._nobody_judges():
+            """What was being judged is done, or dead."""
 
     @property
     def seen(self) -> int:
@@ -132,10 +138,17 @@ class FaultFs:
         return [Call(one.call.decode(), one.path.decode()) for one in noted]
 
     def _say(self, glob: str, error: int, kinds: Kind, first: int, last: int, span: tuple[int, int]) -> None:
-        control = self._control
-        control.kinds = 0  # what comes is for a rule that is whole
-        control.error, control.first, control.last = error, first, last
-        control.start, control.stop = span
-        control.seen = control.failed = 0
-        control.glob = glob.encode()
-        control.kinds = kinds
+        with self._nobody_judges():
+            control = self._control
+            control.kinds, control.error, control.first, control.last = kinds, error, first, last
+            control.start, control.stop = span
+            control.seen = control.failed = 0
+            control.glob = glob.encode()
+
+    @contextmanager
+    def _nobody_judges(self) -> Iterator[None]:
+        """There is no rule; inside, no call is being judged by the last one either."""
+        self._control.kinds = 0
+        with self._path.open("rb") as file:
+            assert take_lock(file.fileno(), until=time.monotonic() + _BOUND), "somebody judges a call for ever"
+            yield
