@@ -9,6 +9,7 @@ one model ends when it is ready, failed or gone; that of all goes on, and says `
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack
 
 from starlette.requests import Request
@@ -29,7 +30,7 @@ PART = 4  # models of a snapshot that are sent before it is others' turn: many r
 ENDS = frozenset({ModelState.READY, ModelState.FAILED, ModelState.ABSENT})
 
 
-class Stream(Response):
+class Stream(Response, ABC):
     """The response that follows a subscription until it ends; `stack` holds it open and is closed with the stream."""
 
     media_type = "text/event-stream"
@@ -89,21 +90,21 @@ class Stream(Response):
             elif not any(task.done() for task in ends):
                 await _say(send, b": alive\n\n")
 
+    @abstractmethod
     async def _listen(self) -> bool:
         """Set `_news` whenever there is something to take; returns when nothing more will come."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self) -> list[ModelStatus | ErrorInfo]:
         """What is to be sent next."""
-        raise NotImplementedError
 
     def _more(self) -> bool:
         """Whether what was taken was not all of the snapshot."""
         return False
 
+    @abstractmethod
     def _ends(self, status: ModelStatus) -> bool:
         """Whether that was the last that is of interest."""
-        raise NotImplementedError
 
 
 class EventStream(Stream):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from nvcache.core.scrub import known_right
 from nvcache.core.states import ModelState
 from nvcache.engine import clock
 from nvcache.engine.handover import StripeStatus
+from nvcache.engine.status import FILL_SECONDS
 
 if TYPE_CHECKING:
     from nvcache.engine.engine import Engine
@@ -145,9 +148,9 @@ class EngineCollector(Collector):
         for (mirror, code), count in counters.mirror_failures.items():
             left.add_metric([mirror, code], count)
         yield left
-        yield SummaryMetricFamily(
-            "nvcache_fill_seconds", "seconds from request to ready", count_value=counters.fills, sum_value=counters.fill_seconds_sum
-        )
+        bounds = (*map(floatToGoString, FILL_SECONDS), "+Inf")
+        within = list(zip(bounds, accumulate(counters.fill_seconds_up_to), strict=True))
+        yield HistogramMetricFamily("nvcache_fill_seconds", "seconds from request to ready", within, counters.fill_seconds_sum)
 
 
 def registry(engine: Engine) -> CollectorRegistry:

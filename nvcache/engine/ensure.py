@@ -203,15 +203,15 @@ class Ensurer:
         job.plan = plan
         entry = await self._fetcher.fill(job, plan)
         await self._take_names(entry, entry.state.names)
+        seconds = clock.monotonic() - job.began
         log.info(
             "filled: %s fetched of %s in %.1f s",
             human(job.tally.fetched),
             human(plan.size),
-            clock.monotonic() - job.began,
+            seconds,
             extra={"facts": {"model": str(plan.id), "job": job.id}},
         )
-        self._do.counters.fills += 1
-        self._do.counters.fill_seconds_sum += clock.monotonic() - job.began
+        self._do.counters.filled(seconds)
 
     async def _take_names(self, entry: Entry, names: tuple[str, ...]) -> None:
         """A moving name belongs to the newest entry it was resolved to; take it from the others of the slug."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,8 +16,8 @@ KEEPER_LOCK = "watch.lock"  # in the run directory; held by the keeper for as lo
 
 
 @contextmanager
-def run_lock(path: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
-    """One holder at a time on this node; a lock that is taken is tried for again for `patience` seconds.
+def run_lock(path: Path, doing: str, *, patience: float = 0.0, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """One holder at a time on this node; a lock that is taken is tried for again for `patience` seconds, and whoever waits is told by `say`.
 
     Raises `DiskError`: disks-busy naming the process that has it, disks-refused, disk-io.
     """
@@ -32,11 +32,18 @@ def run_lock(path: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]
     except OSError as error:
         raise DiskError(Code.DISK_IO, f"cannot {doing}: cannot use {path}: {error.strerror}") from error
     try:
-        if not take_lock(handle, until=clock.monotonic() + patience):
-            who = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
-            raise DiskError(Code.DISKS_BUSY, f"cannot {doing}: the process {who or '?'} does so just now")
+        if not take_lock(handle):
+            if patience and say:
+                say(f"the process {_holder(handle)} is at the disks: waiting up to {patience:g} s for it")
+            if not take_lock(handle, until=clock.monotonic() + patience):
+                raise DiskError(Code.DISKS_BUSY, f"cannot {doing}: the process {_holder(handle)} does so just now")
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _holder(handle: int) -> str:
+    """The process that says it has the lock."""
+    return os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -165,6 +166,9 @@ class SpaceStatus:
     low_mark: int = 0
 
 
+FILL_SECONDS = (1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)  # a small model on loopback to a large one far away
+
+
 @dataclass(slots=True)
 class Counters:
     """Monotonic counts since start; api.metrics renders them. Plain ints on the event loop, no locks."""
@@ -179,6 +183,7 @@ class Counters:
     fills: int = 0
     fill_failures: dict[str, int] = field(default_factory=dict)  # by code
     fill_seconds_sum: float = 0.0
+    fill_seconds_up_to: list[int] = field(default_factory=lambda: [0] * (len(FILL_SECONDS) + 1))  # of the fills, by FILL_SECONDS; the last: longer
     verify_failures: int = 0
     scrubs: int = 0
     scrubbed_bytes: int = 0
@@ -197,6 +202,12 @@ class Counters:
     mirror_failures: dict[tuple[str, str], int] = field(default_factory=dict)  # by mirror and code
     stripe_losses: int = 0
     signal_failures: int = 0  # calls to the cluster's API server that failed
+
+    def filled(self, seconds: float) -> None:
+        """A fill ended well after so long."""
+        self.fills += 1
+        self.fill_seconds_sum += seconds
+        self.fill_seconds_up_to[bisect_left(FILL_SECONDS, seconds)] += 1
 
     def came(self, source: str, size: int) -> None:
         """`size` bytes came from a source of that scheme."""

@@ -214,7 +214,7 @@ class Stripe:
             return self._changing(work)
 
     def _changing(self, work: Callable[[ExitStack], Report], *, patience: float = 0.0) -> Report:
-        with run_lock(self.settings.run_directory / "lock", "change the disks", patience=patience), ExitStack() as locks:
+        with run_lock(self.settings.run_directory / "lock", "change the disks", patience=patience, say=self._say), ExitStack() as locks:
             return work(locks)
 
     def _run(self, decider: Callable[[Machine, Rules], StripePlan], began: float, locks: ExitStack) -> Report:

@@ -71,7 +71,11 @@ def test_what_is_done_is_counted() -> None:
         assert (now["nvcache_model_bytes state=ready"], now["nvcache_models state=ready"]) == (SIZE, 1)
         assert now["nvcache_store_used_bytes"] >= SIZE
         assert now["nvcache_store_reserved_bytes"] == 0
-        assert now["nvcache_fill_seconds_sum"] > 0
+        took = now["nvcache_fill_seconds_sum"]
+        assert took > 0
+        within = {bound: now[f"nvcache_fill_seconds_bucket le={bound:.1f}"] for bound in (1, 2.5, 10, 3600)}
+        assert within == {bound: float(took <= bound) for bound in within}
+        assert now["nvcache_fill_seconds_bucket le=+Inf"] == 1
 
         assert daemon.cli("warm", "acme/m").returncode == 0
         assert metrics.grown() == {"nvcache_hits_total": 1}

@@ -28,8 +28,8 @@ def documented() -> dict[str, tuple[str, set[str]]]:
 
 def family(name: str) -> str:
     """The metric that a time series belongs to."""
-    base = re.sub(r"_(sum|count)$", "", name)
-    return base if documented().get(base, ("", set()))[0] == "summary" else name
+    base = re.sub(r"_(sum|count|bucket)$", "", name)
+    return base if documented().get(base, ("", set()))[0] == "histogram" else name
 
 
 def used() -> set[str]:
@@ -63,7 +63,7 @@ def test_counters_are_only_read_as_rates_and_gauges_never() -> None:
     for target in TARGETS:
         for call, name in re.findall(r"(\w*)\(?(nvcache_\w+)\{", target["expr"]):
             kind = documented()[family(name)][0]
-            assert (call in ("rate", "increase")) is (kind in ("counter", "summary")), target["expr"]
+            assert (call in ("rate", "increase")) is (kind in ("counter", "histogram")), target["expr"]
 
 
 def test_panels_stand_beside_each_other() -> None:

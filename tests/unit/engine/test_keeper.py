@@ -195,8 +195,11 @@ def test_what_a_keeper_is_at_is_waited_for(tmp_path: Path) -> None:
         with pytest.raises(DiskError, match=f"the process {os.getpid()} does so just now"), run_lock(path, "change the disks"):
             pass
         threading.Timer(0.2, keeper.close).start()
-        with run_lock(path, "change the disks", patience=60):
-            pass
+        told: list[str] = []
+        with run_lock(path, "change the disks", patience=60, say=told.append):
+            assert told == [f"the process {os.getpid()} is at the disks: waiting up to 60 s for it"]
+        with run_lock(path, "change the disks", patience=60, say=told.append):
+            assert len(told) == 1, "nobody is waited for"
 
 
 def test_a_mount_point_behind_a_link_is_refused(tmp_path: Path) -> None:
