@@ -1,7 +1,12 @@
-"""Leases: holds on ready entries, on the disk and in memory. They protect from removal; they load nothing and evict nothing."""
+"""Leases: holds on ready entries, in memory and on the disk. They protect from removal; they load nothing and evict nothing.
+
+A full disk refuses no lease: the model is there, and a pod that was to load it must not fail for what others wrote. Such a lease is in memory alone
+until a renewal can write it. When the daemon ends before that it is unknown, and its holder takes one anew, as after any long absence.
+"""
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +20,7 @@ from nvcache.engine.status import LeaseStatus, ModelStatus
 from nvcache.errors import Code, DiskError, NvcacheError, RequestError, SpaceError
 from nvcache.store.catalog import Lease
 
+log = logging.getLogger(__name__)
 TTL_MIN, TTL_MAX = 1.0, 86400.0  # seconds
 GRACE = 120.0  # seconds every lease lives on after a restart, so that its holder can find us again
 
@@ -30,7 +36,7 @@ class Leases:
         self._taken: dict[str, float] = {}  # lease → when, monotonic
 
     async def take(self, status: ModelStatus, holder: str, ttl_s: float | None) -> LeaseStatus:
-        """Hold the entry that was just looked up. Raises `RequestError` (not-ready, bad-request), `DiskError`, `SpaceError`."""
+        """Hold the entry that was just looked up. Raises `RequestError` (not-ready, bad-request), `DiskError`."""
         entry_id = parse_entry(status.entry)
         entry = self._do.shelf.entries.get(entry_id)
         if status.path is None or entry is None or entry.removing:
@@ -39,7 +45,7 @@ class Leases:
         lease = Lease(secrets.token_hex(16), entry_id, holder, clock.unix() + ttl, ttl)
         self._do.shelf.leases[lease.id] = lease  # in memory first: from here on nobody removes the entry
         try:
-            await self._do.disk.call(self._do.catalog.write_lease, lease)
+            kept = await self._written(lease)
         except NvcacheError:
             self._do.shelf.leases.pop(lease.id, None)
             with suppress(DiskError, SpaceError):  # its file may be there all the same, and would hold the entry from the next start on
@@ -47,6 +53,8 @@ class Leases:
             raise
         self._taken[lease.id] = clock.monotonic()
         self._do.counters.leases_taken += 1
+        if not kept:
+            log.warning("the disk is full: a lease is in memory alone until it can be written", extra={"facts": {"model": str(entry_id)}})
         self._do.timeline.note(entry_id, Kind.LEASED, who=holder, what=f"for {ttl:g} s")
         self._do.changed(entry_id)
         return self._status(lease)
@@ -67,8 +75,8 @@ class Leases:
         self._taken[fresh.id] = self._taken.pop(found, clock.monotonic())
         self._do.timeline.note(fresh.entry, Kind.LEASED, who=holder, what=f"taken over, for {ttl:g} s")
         self._used(fresh.entry)
-        await self._do.disk.call(self._do.catalog.write_lease, fresh)
-        await self._do.disk.call(self._do.catalog.remove_lease, found)
+        if await self._written(fresh):
+            await self._do.disk.call(self._do.catalog.remove_lease, found)
         if fresh.id not in self._do.shelf.leases:  # released meanwhile
             await self._do.disk.call(self._do.catalog.remove_lease, fresh.id)
         return self._status(fresh)
@@ -80,7 +88,7 @@ class Leases:
         fresh = replace(held, expires=clock.unix() + ttl, ttl=ttl)
         self._do.shelf.leases[lease_id] = fresh
         self._used(fresh.entry)
-        await self._do.disk.call(self._do.catalog.write_lease, fresh)
+        await self._written(fresh)
         if lease_id not in self._do.shelf.leases:  # released meanwhile: it must not come back with the next start
             await self._do.disk.call(self._do.catalog.remove_lease, lease_id)
         return self._status(fresh)
@@ -121,6 +129,14 @@ class Leases:
             self._ended(lease, Kind.EXPIRED)
             self._do.changed(lease.entry)
             await self._do.disk.call(self._do.catalog.remove_lease, lease.id)
+
+    async def _written(self, lease: Lease) -> bool:
+        """Whether it is on the disk as well; on a full one it is not. Raises `DiskError`."""
+        try:
+            await self._do.disk.call(self._do.catalog.write_lease, lease)
+        except SpaceError:
+            return False
+        return True
 
     def _ended(self, lease: Lease, kind: Kind) -> None:
         since = self._taken.pop(lease.id, None)  # None: taken before the daemon started

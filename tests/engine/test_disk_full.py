@@ -13,9 +13,9 @@ import pytest
 from nvcache.core.states import ModelState
 from nvcache.engine.handover import PlainDirectory
 from nvcache.engine.status import JobStatus
-from nvcache.errors import Code
+from nvcache.errors import Code, RequestError
 from tests.engine.conftest import Bed, end_of, ready, repo, run, until, weights, wish
-from tests.support.disks import unmount
+from tests.support.disks import full, unmount
 from tests.support.faults import Kind
 from tests.support.hub import HubServer
 
@@ -74,6 +74,37 @@ def test_a_full_disk_is_told_before_a_byte_is_fetched(small: Bed) -> None:
             assert ended.error.code in (Code.FULL, Code.TOO_LARGE)
             assert "60" in ended.error.message
             assert small.hub.bytes_sent() == 0
+
+    run(test())
+
+
+def test_a_full_disk_refuses_no_lease(small: Bed) -> None:
+    """Who loads what is here does not fail for what others wrote. Unwritten, a lease does not outlive the daemon; with room again it is written."""
+    small.hub.repos["acme/m"] = repo({"model.safetensors": weights(1, MB)})
+
+    async def test() -> None:
+        async with small.engine() as engine:
+            model = await ready(engine, "acme/m")
+            before = await engine.lease(model.entry, "the pod", 600)
+            with full(small.store.parent):
+                fresh = await engine.lease(model.entry, "another", 600)
+                renewed = await engine.renew(model.entry, fresh.lease, 900)
+                assert (renewed.lease, renewed.expires > fresh.expires) == (fresh.lease, True)
+                mine = await engine.lease(model.entry, "the pod", 600, lambda holder: holder == "the pod")
+                assert mine.lease != before.lease
+                assert {lease.lease for lease in engine.leases()} == {fresh.lease, mine.lease}
+                with pytest.raises(RequestError) as refused:
+                    await engine.remove(model.entry)
+                assert refused.value.code is Code.LEASED
+                await engine.release(model.entry, (await engine.lease(model.entry, "a third", 600)).lease)
+                assert {path.stem for path in small.store.glob("leases/*")} == {before.lease}
+            await engine.renew(model.entry, mine.lease, None)
+            assert {path.stem for path in small.store.glob("leases/*")} == {before.lease, mine.lease}
+        async with small.engine() as engine:
+            assert {lease.lease for lease in engine.leases()} == {before.lease, mine.lease}
+            with pytest.raises(RequestError) as unknown:
+                await engine.renew(model.entry, fresh.lease, None)
+            assert unknown.value.code is Code.UNKNOWN_LEASE, "its holder takes one anew"
 
     run(test())
 

@@ -32,6 +32,11 @@ class Disk:
         self._hashed: dict[tuple[Stamp, int], str] = {}
         self._expected: dict[tuple[str, str], dict[str, str]] = {}
 
+    def has_lease(self, lease: str, until: float) -> bool:
+        """Whether it is written down, and lives at least so long."""
+        path = self._store / "leases" / f"{lease}.json"
+        return path.exists() and json.loads(path.read_bytes())["expires"] >= until
+
     def expected(self, name: str, commit: str) -> dict[str, str]:
         """Path → SHA-256 of what a revision has."""
         key = name, commit

@@ -26,6 +26,7 @@ class Lease:
     key: Key
     ttl: float
     until: float
+    kept: bool = True  # it is on the disk as it is, and survives the daemon
 
 
 @dataclass

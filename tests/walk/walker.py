@@ -65,7 +65,7 @@ class Walker(Harm):
         if isinstance(lease, Problem):
             assert (lease.code == "not-ready" and self.is_hurt(key)) or self.no_room(lease), lease
             return lease.code
-        self.leases[lease["lease"]] = Lease(key, ttl, before + ttl)
+        self.leases[lease["lease"]] = Lease(key, ttl, before + ttl, self.kept(lease["lease"], before + ttl))
         return "leased"
 
     def renew(self, pick: int) -> str:
@@ -80,7 +80,14 @@ class Walker(Harm):
             assert (answer.code == "unknown-lease" and held.until <= time.time()) or self.no_room(answer), answer
             return answer.code
         held.until = before + held.ttl
+        held.kept = self.kept(lease, held.until)
         return "renewed"
+
+    def kept(self, lease: str, until: float) -> bool:
+        """Whether what was granted until then is on the disk; only on a full one it may not be."""
+        kept = self.disk.has_lease(lease, until)
+        assert kept or self.on.foreign.exists(), f"the lease {lease} is not written"
+        return kept
 
     def release(self, pick: int) -> str:
         """Let go of something, or break it: for an operator that is one call."""
@@ -213,7 +220,7 @@ class Walker(Harm):
 
     def begin_anew(self) -> None:
         """Look at what is left, start, and see that it is what was."""
-        live = {name for name, lease in self.leases.items() if lease.until > time.time() + 5}
+        live = {name for name, lease in self.leases.items() if lease.kept and lease.until > time.time() + 5}
         self.on.die()
         self.planned = set(self.disk.entries("ingest/plans"))
         self.check_the_dead()
@@ -226,7 +233,7 @@ class Walker(Harm):
         assert not self.released & told.keys(), "what was released is held again"
         for name, lease in told.items():
             mine = self.leases.setdefault(name, Lease(key_of(lease["entry"]), GRACE, 0))
-            mine.until = max(min(mine.until, before + mine.ttl), before + GRACE)
+            mine.until = max(min(mine.until, before + mine.ttl) if mine.kept else 0, before + GRACE)
         self.leases = {name: lease for name, lease in self.leases.items() if name in told}
         if self.target in self.ready:
             self.ready[self.target] = self.disk.pinned(*self.target)
