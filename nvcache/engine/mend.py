@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -31,7 +32,7 @@ class Mender:
         self._jobs = jobs
         self._repairer = repairer
         self._spawn = spawn
-        self._mending: set[EntryId] = set()
+        self._mending: dict[EntryId, asyncio.Event] = {}  # set: the entry is whole or gone
 
     def verify(self, entry_id: EntryId, bandwidth: int | None = None) -> Job:
         """A job that reads every byte of an entry back and repairs what is bad. It is read as fast as it goes, or at `bandwidth` bytes a second."""
@@ -104,12 +105,18 @@ class Mender:
 
         async def mend() -> None:
             try:
-                await persist(partial(self._repair, entry_id), f"the repair of {entry_id}")
+                await persist(partial(self._repair, entry_id), f"the repair of {entry_id}", settled=settled)
             finally:
-                self._mending.discard(entry_id)
+                del self._mending[entry_id]
 
-        self._mending.add(entry_id)
+        settled = self._mending[entry_id] = asyncio.Event()
         self._spawn(mend(), f"mend-{entry_id}")
+
+    def changed(self, entry_id: EntryId) -> None:
+        """Whoever waits to repair an entry that is whole or gone by now waits no longer: if it breaks again, that is mended at once."""
+        entry = self._do.shelf.entries.get(entry_id)
+        if entry_id in self._mending and (entry is None or entry.broken is None):
+            self._mending[entry_id].set()
 
     def doubt(self, entry: Entry) -> None:
         """A look-up found that somebody wrote to files of the entry, which nobody may: they are read at once."""

@@ -15,13 +15,16 @@ LONGEST_ASKED = 3600.0  # seconds that a source may ask for between them
 RETRY_REFUSED = 600.0  # where the error says that trying again is no use: the world may still change
 
 
-async def persist(start: Callable[[], Job | None], what: str, *, refused: float | None = RETRY_REFUSED) -> None:
+async def persist(start: Callable[[], Job | None], what: str, *, refused: float | None = RETRY_REFUSED, settled: asyncio.Event | None = None) -> None:
     """Run a job again, ever less often, until it succeeds or there is none to start.
 
-    `refused` is the pause in seconds after an error that says that trying again is no use; None gives up then.
+    `refused` is the pause in seconds after an error that says that trying again is no use; None gives up then. `settled` ends a pause: what the last
+    job failed at was done by somebody else, and what comes is new.
     """
     pause = RETRY_FIRST
+    settled = settled or asyncio.Event()
     while True:
+        settled.clear()
         job = start()
         if job is None:
             return
@@ -34,5 +37,9 @@ async def persist(start: Callable[[], Job | None], what: str, *, refused: float 
         wait = pause if job.error.retryable else refused or pause
         facts = {"model": job.ref.slug, "job": job.id, "code": job.error.code}
         log.warning("%s failed and is tried again in %g s: %s", what, wait, job.error, extra={"facts": facts})
-        await asyncio.sleep(max(wait, min(job.error.retry_after_s or 0, LONGEST_ASKED)))
-        pause = min(RETRY_MOST, pause * 2)
+        try:
+            async with asyncio.timeout(max(wait, min(job.error.retry_after_s or 0, LONGEST_ASKED))):
+                await settled.wait()
+            pause = RETRY_FIRST
+        except TimeoutError:
+            pause = min(RETRY_MOST, pause * 2)

@@ -325,6 +325,7 @@ class Session:
 
     def _changed(self, entry_id: EntryId) -> None:
         self.watchers.changed(entry_id)
+        self.mender.changed(entry_id)
 
     def _status(self, entry_id: EntryId) -> ModelStatus | None:
         return self.lookup.status(entry_id)

@@ -185,6 +185,35 @@ def test_a_revision_that_its_source_no_longer_has(bed: Bed) -> None:
     run(test())
 
 
+@pytest.mark.parametrize("how", ["mended when asked for", "removed and fetched anew"])
+def test_what_breaks_again_is_mended_at_once(bed: Bed, how: str) -> None:
+    """Although the repair was put off for minutes when it failed, before somebody else brought the model back."""
+    source = bed.hub.repos["acme/m"] = repo({"model.safetensors": GOOD})
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            status = await ready(engine, "acme/m")
+            flip(blob_of(bed), 5)
+            here = source.commits.pop(status.revision)
+            assert (await end_of(engine, await engine.verify(status.entry))).state is JobState.FAILED
+            await until(lambda: [job for job in engine.jobs() if job.kind == "repair" and job.state is JobState.FAILED], bool)
+            source.commits[status.revision] = here
+            if how == "mended when asked for":
+                assert (await end_of(engine, await engine.verify(status.entry))).state is JobState.DONE
+            else:
+                await engine.remove(status.entry)
+                await ready(engine, "acme/m")
+            repairs = engine.counters.repairs
+            blob_of(bed).unlink()
+            while engine.counters.repairs == repairs:
+                await engine.model(status.entry)
+                await asyncio.sleep(0.05)
+            assert (await engine.model(status.entry)).path == status.path
+            assert blob_of(bed).read_bytes() == GOOD
+
+    run(test())
+
+
 def test_a_source_that_is_down(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is ready is served, what is bad waits with back-off and comes back by itself, and nothing else waits with it."""
     monkeypatch.setattr(persist, "RETRY_FIRST", 0.2)
