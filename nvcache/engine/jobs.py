@@ -196,7 +196,8 @@ class Jobs:
     def start(self, key: object, kind: str, ref: Ref, work: Callable[[Job], Coroutine[Any, Any, None]], priority: Priority) -> tuple[Job, bool]:
         """The running job for `key`, else a new one doing `work`. The flag tells whether it is new."""
         running = self._flights.get(key)
-        if running is not None and not running.state.ended:  # whoever saw it end may ask again before its task is gone
+        # Whoever saw it end may ask again before its task is gone, and who asks anew does not mean what is being given up.
+        if running is not None and not running.state.ended and not running.cancelling:
             return running, False
         self._forget_old()
         job = Job(f"{next(self._numbers)}-{secrets.token_hex(4)}", kind, ref, self._changed, clock.now(), clock.monotonic(), priority)

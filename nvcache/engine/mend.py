@@ -32,7 +32,7 @@ class Mender:
         self._jobs = jobs
         self._repairer = repairer
         self._spawn = spawn
-        self._mending: dict[EntryId, asyncio.Event] = {}  # set: the entry is whole or gone
+        self._insisting: dict[tuple[str, EntryId], asyncio.Event] = {}  # what goes on by itself → set when its pause is over
 
     def verify(self, entry_id: EntryId, bandwidth: int | None = None) -> Job:
         """A job that reads every byte of an entry back and repairs what is bad. It is read as fast as it goes, or at `bandwidth` bytes a second."""
@@ -76,13 +76,9 @@ class Mender:
         """Read everything with the lock of the entry, the blob `first` before all others, and repair what is bad."""
         try:
             async with self._do.entry_locks(entry_id):
-                found = self._do.shelf.entries.get(entry_id)
-                if found is None:
+                if entry_id not in self._do.shelf.entries:
                     raise RequestError(Code.UNKNOWN_MODEL, f"cannot verify {entry_id}: it was removed meanwhile")
-                if found.broken is None:
-                    await self._repairer.verify(job, found, first)
-                if found.broken is not None:  # also when a look-up found files gone meanwhile
-                    await self._repairer.recover(job, found)
+                await self._read(job, entry_id, first)
         except NvcacheError as error:
             found = self._do.shelf.entries.get(entry_id)
             if found is not None and found.broken is not None and error.code is not Code.STOPPING:
@@ -92,6 +88,20 @@ class Mender:
             self._leave_none()
         job.move(JobState.DONE)
 
+    async def _read(self, job: Job, entry_id: EntryId, first: str | None) -> None:
+        """With the lock of an entry: read it, again if somebody wrote to it meanwhile, and repair it."""
+        while (entry := self._do.shelf.entries[entry_id]).broken is None:
+            doubts = entry.doubts
+            await self._repairer.verify(job, entry, first)
+            if self._do.shelf.entries[entry_id] is not entry:  # a repair made it anew
+                return
+            if entry.doubts == doubts:
+                entry.answered = doubts
+                break
+            job.read_again()
+        if (entry := self._do.shelf.entries[entry_id]).broken is not None:  # also when a look-up found files gone meanwhile
+            await self._repairer.recover(job, entry)
+
     def _leave_none(self) -> None:
         """Who shared bad files with an entry was withdrawn with it. If it could not be mended, he may be, from his own source."""
         for entry in self._do.shelf.entries.values():
@@ -100,28 +110,46 @@ class Mender:
 
     def keep_mending(self, entry_id: EntryId) -> None:
         """Repair a withdrawn entry, again and again until it is whole or removed; one such task for an entry."""
-        if entry_id in self._mending:
+        self._insist("repair", entry_id, self._repair)
+
+    def _insist(self, kind: str, entry_id: EntryId, start: Callable[[EntryId], Job | None]) -> None:
+        """Have what `start` starts succeed until it starts nothing more; one such task for an entry and `kind`.
+
+        It looks again after it has succeeded: what came too late for that job found this task still there.
+        """
+        if (kind, entry_id) in self._insisting:
             return
 
-        async def mend() -> None:
+        async def insist() -> None:
             try:
-                await persist(partial(self._repair, entry_id), f"the repair of {entry_id}", settled=settled)
+                while await persist(partial(start, entry_id), f"the {kind} of {entry_id}", settled=settled):
+                    pass
             finally:
-                del self._mending[entry_id]
+                del self._insisting[kind, entry_id]
 
-        settled = self._mending[entry_id] = asyncio.Event()
-        self._spawn(mend(), f"mend-{entry_id}")
+        settled = self._insisting[kind, entry_id] = asyncio.Event()
+        self._spawn(insist(), f"{kind}-{entry_id}")
 
     def changed(self, entry_id: EntryId) -> None:
         """Whoever waits to repair an entry that is whole or gone by now waits no longer: if it breaks again, that is mended at once."""
         entry = self._do.shelf.entries.get(entry_id)
-        if entry_id in self._mending and (entry is None or entry.broken is None):
-            self._mending[entry_id].set()
+        if entry is None or entry.broken is None:
+            self._wake(entry_id)
+
+    def _wake(self, entry_id: EntryId) -> None:
+        if (settled := self._insisting.get(("repair", entry_id))) is not None:
+            settled.set()
 
     def doubt(self, entry: Entry) -> None:
-        """A look-up found that somebody wrote to files of the entry, which nobody may: they are read at once."""
+        """A look-up found that somebody wrote to files of the entry, which nobody may: they are read at once, until a reading answers that."""
         log.warning("files of a model were written to; it is verified", extra={"facts": {"model": str(entry.id)}})
-        self.verify(entry.id)
+        entry.doubts += 1
+        self._insist("verification", entry.id, self._recheck)
+
+    def _recheck(self, entry_id: EntryId) -> Job | None:
+        """A job that reads an entry whose files were written to; None when that was done, or it is withdrawn and read for that."""
+        entry = self._do.shelf.entries.get(entry_id)
+        return self.verify(entry_id) if entry is not None and entry.broken is None and entry.doubts != entry.answered else None
 
     def withdraw(self, entry: Entry) -> None:
         """A look-up found files missing or of another size: from now on the entry is not served, until it is whole again."""
@@ -131,6 +159,7 @@ class Mender:
         self._do.timeline.note(entry.id, Kind.WITHDRAWN, what="files of it are gone or short", code=str(Code.DEGRADED))
         self._do.changed(entry.id)
         self._spawn(self._do.kaito.settle(), f"kaito-{entry.id}")
+        self._wake(entry.id)  # it was whole: a pause is of something that is over
         self.keep_mending(entry.id)
 
     def _repair(self, entry_id: EntryId) -> Job | None:

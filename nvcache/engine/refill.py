@@ -100,6 +100,10 @@ class Refiller:
         self._owed = {each.id: each for each in known if each.id not in self._do.shelf.entries}
         return list(self._owed.values())
 
+    def forget(self, entry_id: EntryId) -> None:
+        """Nobody wants it any more: it is not brought, also not by the next try."""
+        self._owed.pop(entry_id, None)
+
     async def bring(self, known: Known) -> None:
         """Fetch what another store had, or what its source has in its place by now, until it is here or cannot be."""
 
@@ -118,7 +122,7 @@ class Refiller:
             job.move(JobState.DONE)
 
         log.info("fetching again what was lost", extra={"facts": {"model": str(known.id)}})
-        await persist(lambda: self._start(known, work), f"the fill of {known.id}", refused=None)
+        await persist(lambda: self._start(known, work) if known.id in self._owed else None, f"the fill of {known.id}", refused=None)
         self._owed.pop(known.id, None)
 
     def _start(self, known: Known, work: Callable[[Job], Coroutine[Any, Any, None]]) -> Job:

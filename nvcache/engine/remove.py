@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class Remover:
-    """Removal from one store. `forget` is told of an entry that is gone, `mend` of one that could not be taken away whole."""
+    """Removal from one store. `forget` is told of an entry that is gone or given up, `mend` of one that could not be taken away whole."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Remover:
         self._jobs = jobs
         self._lookup = lookup
         self._fetcher = fetcher
-        self._forget_resolved = forget
+        self._forget_wishes = forget
         self._mend = mend
         self.under_way: set[asyncio.Task[None]] = set()
 
@@ -121,7 +121,7 @@ class Remover:
             self._mend(entry.id)
             raise
         self._do.shelf.drop(entry.id)
-        self._forget_resolved(entry.id)
+        self._forget_wishes(entry.id)
         self._jobs.forget(entry.id)
         self._do.timeline.note(entry.id, Kind.EVICTED if why else Kind.REMOVED, bytes=entry.manifest.size, what=why)
         self._do.changed(entry.id)
@@ -141,6 +141,7 @@ class Remover:
         status = self._lookup.status(job.entry)
         if job.plan is not None:
             await self._fetcher.give_back(job.plan)
+        self._forget_wishes(job.entry)
         self._jobs.forget(job.entry)
         self._do.changed(job.entry)
         found = status or ModelStatus(str(job.entry), str(job.ref), job.entry.revision, ModelState.ABSENT, 0, 0)

@@ -138,7 +138,8 @@ class Repairer:
         log.error("bytes on the disk went bad: %s", ", ".join(paths), extra={"facts": {"model": str(entry.id), "job": job.id}})
         sharers = self._do.shelf.sharing(bad)
         for sharer in sharers:
-            sharer.broken, sharer.suspect = IntegrityError(Code.DEGRADED, f"cannot serve {sharer.id}: {why}"), True
+            sharer.suspect |= sharer is entry or sharer.broken is not None  # of one that was whole just this is bad, and known
+            sharer.broken = IntegrityError(Code.DEGRADED, f"cannot serve {sharer.id}: {why}")
             self._do.timeline.note(sharer.id, Kind.WITHDRAWN, what=f"{why}: {', '.join(paths)}", count=len(bad), code=str(Code.DEGRADED))
             self._do.changed(sharer.id)
         await unbroken(self._take_out(sharers, sorted(bad), f"{clock.stamp()} {entry.id}: {why}"))
@@ -175,8 +176,16 @@ class Repairer:
         self._do.counters.repairs += 1
         log.info("repaired: %s fetched", human(job.tally.fetched), extra={"facts": {"model": str(entry.id), "job": job.id}})
         for other in self._do.shelf.sharing(mended.manifest.blobs):
-            if other.broken is not None and other.id != mended.id and await self._do.disk.call(self._whole, other):
-                await unbroken(self._show(other))
+            await self._show_again(other)
+
+    async def _show_again(self, entry: Entry) -> None:
+        """Show an entry that waited for a blob, if that was all. Not one that is to be read first, or that somebody works on: he sees himself."""
+        if self._do.entry_locks.held(entry.id):
+            return
+        async with self._do.entry_locks(entry.id):
+            waits = entry.broken is not None and not entry.suspect and self._do.shelf.entries.get(entry.id) is entry
+            if waits and await self._do.disk.call(self._whole, entry):
+                await unbroken(self._show(entry))
 
     async def _plan(self, entry: Entry) -> FillPlan:
         """A plan for exactly the entry's files; what is not here comes as the source lists it. Raises `SourceError` when it no longer has that."""

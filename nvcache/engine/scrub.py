@@ -12,6 +12,7 @@ import base64
 from collections.abc import Callable
 from dataclasses import replace
 
+from nvcache.core.plan import Priority
 from nvcache.core.ref import EntryId
 from nvcache.core.scrub import Piece, Reading, known_right, next_due, pieces
 from nvcache.core.timeline import Kind
@@ -69,6 +70,7 @@ async def survey(do: Context, job: Job, entry: Entry, bandwidth: int, fresh: flo
     """
     plan = pieces(entry.manifest)
     began, done = _cut_short(entry, fresh)
+    priority = job.priority  # it stays: a reading that holds no lock is in nobody's way
     job.tally.expect(len({piece.sha256 for piece in plan}), sum(entry.manifest.blobs.values()))
     saved = due = clock.monotonic()
     with job.trace.phase(Kind.READ, bytes=job.tally.bytes_total - done, what="from the disk, slowly, and compared"):
@@ -77,7 +79,7 @@ async def survey(do: Context, job: Job, entry: Entry, bandwidth: int, fresh: flo
                 if entry.broken is not None or do.shelf.entries.get(entry.id) is not entry:
                     return None
                 due = max(due, clock.monotonic()) + piece.length / bandwidth
-                if await _looks_wrong(do, job, entry, piece):
+                if await _looks_wrong(do, job, entry, piece, priority):
                     return piece.sha256
                 if fresh and clock.monotonic() - saved >= SAVE_EVERY:
                     saved = clock.monotonic()
@@ -87,11 +89,11 @@ async def survey(do: Context, job: Job, entry: Entry, bandwidth: int, fresh: flo
     return None
 
 
-async def _looks_wrong(do: Context, job: Job, entry: Entry, piece: Piece) -> bool:
+async def _looks_wrong(do: Context, job: Job, entry: Entry, piece: Piece, priority: Priority) -> bool:
     size, chunks = entry.manifest.blobs[piece.sha256], base64.b64encode(piece.chunks).decode()
     task = CheckTask(str(do.layout.blob(piece.sha256)), size, chunks, entry.manifest.chunk_size, piece.first)
     async with do.reads.piece() as watch:
-        found = await do.workers.run(task, priority=lambda: job.priority, watch=watch)
+        found = await do.workers.run(task, priority=lambda: priority, watch=watch)
     job.read(found["cached"])
     do.counters.scrubbed_bytes += piece.length
     return bool(found["bad"])

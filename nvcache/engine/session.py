@@ -106,7 +106,7 @@ class Session:
         self.lookup = Lookup(do, jobs, hold.checks, self._withdraw, self._doubt_bytes)
         self.ensurer = Ensurer(do, jobs, fetcher, repairer, self.lookup, settings)
         self.mender = Mender(do, jobs, repairer, self._spawn)
-        self.remover = Remover(do, jobs, self.lookup, fetcher, self.ensurer.forget, self.mender.keep_mending)
+        self.remover = Remover(do, jobs, self.lookup, fetcher, self._forget, self.mender.keep_mending)
         self.evictor = Evictor(do, self.remover, Marks(settings.evict_high, settings.evict_low))
         do.ledger.evictor = self.evictor
         self.scrubber = Scrubber(do, self.mender.scrub, settings.scrub_days, settings.scrub_bandwidth)
@@ -316,6 +316,10 @@ class Session:
                 self.do.changed(entry_id)
                 log.info("pinned" if pinned else "unpinned", extra={"facts": {"model": str(entry_id)}})
         return await self.lookup.model(str(entry_id))
+
+    def _forget(self, entry_id: EntryId) -> None:
+        self.ensurer.forget(entry_id)
+        self.refiller.forget(entry_id)
 
     def _doubt_bytes(self, entry: Entry) -> None:
         self.mender.doubt(entry)

@@ -25,6 +25,8 @@ class Entry:
     state: EntryState
     broken: NvcacheError | None = None
     suspect: bool = False  # bytes of it went bad: it is read whole before it is shown again
+    doubts: int = 0  # how often somebody was seen to have written to its files
+    answered: int = 0  # how many of these came before a reading that found all bytes right
     removing: bool = False
     changing: bool = False  # its views or its state are being written: a look at them now proves nothing, and nobody removes it
     last_used: float | None = None

@@ -31,6 +31,7 @@ class Harm(Known):
                 os.truncate(blob, size // 2)
             case "unlink":
                 blob.unlink()
+                self.apart.add(sha256)
             case "cut":
                 file_shown = self.on.store / "models" / f"hf--acme--{key[0]}" / key[1] / path
                 if not file_shown.exists():

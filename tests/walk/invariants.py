@@ -90,7 +90,8 @@ def shown_is_true(walker: Walker, told: Told) -> None:
 def links_agree(walker: Walker, told: Told) -> None:
     """Each blob has as many links as views show it, and its own name.
 
-    A view may still have a damaged file, where nobody had the daemon look, while a fill of another model has already made the blob anew.
+    A view may still have a damaged file, where nobody had the daemon look, while a fill of another model has already made the blob anew; or one that
+    is right, and was unlinked.
     """
     due: Counter[str] = Counter()
     for key, model in told.items():
@@ -98,8 +99,13 @@ def links_agree(walker: Walker, told: Told) -> None:
             due.update(2 * list(walker.disk.expected(*key).values()))
     for view, name, commit in walker.disk.views():
         due.subtract(sha256 for _, sha256, _ in walker.disk.wrong(view, name, commit))
-    for sha256, (links, names) in walker.disk.links().items():
-        if sha256 not in walker.hurt:
+    there = walker.disk.links()
+    walker.apart &= there.keys() | walker.hurt
+    for sha256, (links, names) in there.items():
+        if sha256 in walker.apart and sha256 not in walker.hurt and names < due[sha256]:
+            assert links == 1 + names, f"blob {sha256}: {links} links, {names} names in views"
+        elif sha256 not in walker.hurt:
+            walker.apart.discard(sha256)
             assert links == 1 + names == 1 + due[sha256], f"blob {sha256}: {links} links, {names} names in views, {due[sha256]} due"
 
 
@@ -125,7 +131,7 @@ def space_is_right(walker: Walker) -> None:
     assert abs(space["used"] - used) <= CHUNK, (space, used)
     assert space["used"] + space["reserved"] <= LIMIT, space
     assert space["reserved"] == 0, space
-    if walker.hurt or walker.withdrawn:
+    if walker.hurt or walker.withdrawn or walker.apart:
         return  # what was unlinked by others is nobody's
     apart = sum(facts.st_blocks * SECTOR for facts in open_elsewhere(walker))
     until(lambda: abs(walker.on.taken() - walker.on.empty - apart - used) <= CHUNK, f"the file system has given away {used + apart}")

@@ -50,6 +50,7 @@ class Known:
         self.released: set[str] = set()
         self.declared: dict[str, bool] = {}  # name → pinned
         self.hurt: set[str] = set()  # SHA-256 of what was damaged and not seen mended
+        self.apart: set[str] = set()  # SHA-256 of what was unlinked: views may still show that file, right as it is, when the blob was made anew
         self.withdrawn: set[Key] = set()  # models that had such files, and were not seen whole since
         self.rot: set[Stamp] = set()  # wrong bytes that nobody had the daemon look at
         self.cut: set[tuple[Key, str]] = set()  # files taken out of a view
@@ -92,7 +93,7 @@ class Known:
 
     def surely_fits(self, key: Key) -> bool:
         """Whether nothing can be in the way of fetching it but what others hold and what is under way, and that leaves room."""
-        if self.hurt or self.withdrawn or self.mapped or self.on.foreign.exists():
+        if self.hurt or self.withdrawn or self.apart or self.mapped or self.on.foreign.exists():
             return False
         wanted = {key} | {other for other in self.ready if self.may_be_held(other)}
         sizes = {sha: len(self.on.truth[each][path]) for each in wanted for path, sha in self.disk.expected(*each).items()}
