@@ -19,7 +19,7 @@ from nvcache.engine import clock
 from nvcache.engine.blocking import DaemonExecutor
 from nvcache.engine.failed import FailedDisks
 from nvcache.engine.handover import StripeState, StripeStatus
-from nvcache.engine.lock import KEEPER_LOCK, run_lock
+from nvcache.engine.lock import DISKS_LOCK, KEEPER_LOCK, run_lock, taken_by_another
 from nvcache.engine.stripe import Report, Stripe
 from nvcache.errors import SPENT, DiskError
 from nvcache.settings import DiskSettings
@@ -37,8 +37,11 @@ BLOCK = 4096
 STRIDE = 1009 * (1 << 20) + BLOCK  # bytes between two reads of a member: no power of two, so that they come to lie everywhere
 DOUBTED_BLOCKS = 64  # read of each member when the serving part met an error
 ACKNOWLEDGE = 10.0  # seconds the serving part is given to let go; it promises five
-RETRY_FIRST = 5.0  # seconds until a refused or held stripe is tried again; doubles
+RETRY_FIRST = 5.0  # seconds until a refused or held stripe is tried again; doubles while nothing happens
 RETRY_MOST = 300.0
+RETRY_IN_USE = 30.0  # the most of them while something is in use
+# In use: it ends with an `umount` or a process, and no device that comes or goes tells of that.
+IN_USE = frozenset({DiskCode.N04, DiskCode.N07, DiskCode.N09, DiskCode.D08, DiskCode.D12, DiskCode.D13})
 
 
 @dataclass
@@ -125,8 +128,22 @@ class Keeper:
                     self._watch(hotplug, report)
                 else:
                     self._stop.wait(RETRY_FIRST)  # whatever comes and goes: what was just tried may itself have made an array come and go
-                    hotplug.wait(pause - RETRY_FIRST)  # a disk that comes or goes ends the wait
-                    pause = min(RETRY_MOST, pause * 2)
+                    pause = min(pause, _longest(report))
+                    pause = RETRY_FIRST if self._news(hotplug, pause - RETRY_FIRST) else pause * 2
+
+    def without(self, reason: str) -> None:
+        """Publish that there is no stripe because `run` could not begin. Not while it runs."""
+        self._tell(StripeStatus.ABSENT, None, reason)
+
+    def _news(self, hotplug: Hotplug, seconds: float) -> bool:
+        """Wait, for at most so long, until a disk comes or goes or somebody else was at the disks; whether that was so."""
+        until = clock.monotonic() + seconds
+        while not hotplug.wait(min(WATCH_EVERY, until - clock.monotonic())):
+            if taken_by_another(self.settings.run_directory / DISKS_LOCK):  # since the last try, which left it as ours
+                return True
+            if self._stop.is_set() or clock.monotonic() >= until:
+                return False
+        return True
 
     # -- having it
 
@@ -250,6 +267,11 @@ class Keeper:
             self._stripe().let_go(self._number)
         except DiskError as error:
             log.error("%s", error, extra={"facts": {"code": str(error.code)}})  # noqa: TRY400 - expected, and told in full
+
+
+def _longest(report: Report) -> float:
+    """Seconds that what was refused may wait for the next try."""
+    return RETRY_IN_USE if IN_USE.intersection(report.codes) else RETRY_MOST
 
 
 def _told(members: list[_Member]) -> str:

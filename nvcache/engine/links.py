@@ -102,7 +102,7 @@ async def _kept(settings: Settings) -> AsyncIterator[LocalStripe]:
 
     stripe, thread = LocalStripe(), DaemonExecutor("keeper", 1)
     keeper = Keeper(settings, stripe.publish, stripe.wait_acknowledged, stripe.take_doubt)
-    keeping = owned(_keep(lambda: thread.call(keeper.run), stripe), "keeper")
+    keeping = owned(_keep(lambda: thread.call(keeper.run), keeper.without), "keeper")
     try:
         yield stripe
     finally:
@@ -111,12 +111,12 @@ async def _kept(settings: Settings) -> AsyncIterator[LocalStripe]:
         keeping.cancel()
 
 
-async def _keep(run: Callable[[], Awaitable[None]], stripe: LocalStripe) -> None:
-    """Have the keeper run until it is stopped; while it cannot begin, say why there is no stripe."""
+async def _keep(run: Callable[[], Awaitable[None]], without: Callable[[str], None]) -> None:
+    """Have the keeper run until it is stopped; while it cannot begin, have it say why: so one alone counts the generations."""
     while True:
         try:
             return await run()
         except NvcacheError as error:
             log.warning("the disks are not looked after: %s", error, extra={"facts": {"code": error.code}})
-            stripe.publish(StripeState(stripe.current().generation + 1, StripeStatus.ABSENT, reason=str(error)))
+            without(str(error))
         await asyncio.sleep(KEEP_AGAIN)

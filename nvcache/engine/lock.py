@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nvcache.engine import clock
@@ -13,6 +14,8 @@ from nvcache.system.flock import take_lock
 
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC  # how a folder is opened that somebody else could replace
 KEEPER_LOCK = "watch.lock"  # in the run directory; held by the keeper for as long as it runs
+DISKS_LOCK = "lock"  # beside it; held by whoever changes the disks, the keeper too
+_ME = secrets.token_hex(8)  # this process: in another container somebody may have the same number
 
 
 @contextmanager
@@ -38,12 +41,26 @@ def run_lock(path: Path, doing: str, *, patience: float = 0.0, say: Callable[[st
             if not take_lock(handle, until=clock.monotonic() + patience):
                 raise DiskError(Code.DISKS_BUSY, f"cannot {doing}: the process {_holder(handle)} does so just now")
         os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        os.pwrite(handle, f"{os.getpid()} {_ME}".encode(), 0)
         yield
     finally:
         os.close(handle)
 
 
+def taken_by_another(path: Path) -> bool:
+    """Whether another process was the last to have this lock, or has it now; False when nobody can tell. Waits for nothing."""
+    with ExitStack() as opened, suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        opened.callback(os.close, handle)
+        return _said(handle)[1:] not in ([], [_ME])
+    return False
+
+
 def _holder(handle: int) -> str:
     """The process that says it has the lock."""
-    return os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "?"
+    return (_said(handle) or ["?"])[0]
+
+
+def _said(handle: int) -> list[str]:
+    """Number and mark of the last holder; nothing before it wrote them."""
+    return os.pread(handle, 32, 0).decode("ascii", "replace").split()

@@ -27,7 +27,7 @@ from nvcache.core.stripe import (
 from nvcache.core.tuning import Knob, Tuned, change, complaints
 from nvcache.engine import clock, tuning
 from nvcache.engine.failed import FailedDisks
-from nvcache.engine.lock import FOLDER, KEEPER_LOCK, run_lock
+from nvcache.engine.lock import DISKS_LOCK, FOLDER, KEEPER_LOCK, run_lock
 from nvcache.engine.scan import Scanner
 from nvcache.engine.steps import Steps
 from nvcache.errors import Code, DiskError, NvcacheError
@@ -150,13 +150,13 @@ class Stripe:
         """Unmount the stripe that failed (its device is `number`), at once; what still uses it keeps its disks until it ends. Raises `DiskError`."""
         layers = [mount.number for mount in self._kernel.mounts() if mount.point == self.rules.mount]
         if layers and layers[-1] == number:  # never what somebody mounted over it
-            with run_lock(self.settings.run_directory / "lock", "unmount the stripe"), ExitStack() as locks:
+            with run_lock(self.settings.run_directory / DISKS_LOCK, "unmount the stripe"), ExitStack() as locks:
                 self._steps(locks, lazy=True).unmount(self.rules.mount)
 
     def wipe(self, serials: Sequence[str], *, destroy: bool) -> Report:
         """Erase whatever is on the disks with these serial numbers, if nobody uses them. Without `destroy` it only says what would be erased.
 
-        A keeper may run: what it is at is waited for, it finds the disks blank at its next look, and makes its stripe of them.
+        A keeper may run: what it is at is waited for. It looks again soon, for the lock was taken, and makes its stripe of the blank disks.
         """
         if not destroy:
             return self._reported(lambda began: self._plan_wipe(serials, began))
@@ -184,7 +184,7 @@ class Stripe:
         return report
 
     def _ensure(self, began: float) -> Report:
-        with run_lock(self.settings.run_directory / "lock", "change the disks"):
+        with run_lock(self.settings.run_directory / DISKS_LOCK, "change the disks"):
             with ExitStack() as locks:
                 report = self._run(decide, began, locks)
             return replace(self._tuned(report), seconds=round(clock.monotonic() - began, 3)) if report.mounted else report
@@ -214,7 +214,7 @@ class Stripe:
             return self._changing(work)
 
     def _changing(self, work: Callable[[ExitStack], Report], *, patience: float = 0.0) -> Report:
-        with run_lock(self.settings.run_directory / "lock", "change the disks", patience=patience, say=self._say), ExitStack() as locks:
+        with run_lock(self.settings.run_directory / DISKS_LOCK, "change the disks", patience=patience, say=self._say), ExitStack() as locks:
             return work(locks)
 
     def _run(self, decider: Callable[[Machine, Rules], StripePlan], began: float, locks: ExitStack) -> Report:

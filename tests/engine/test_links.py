@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,11 @@ import pytest
 from nvcache import settings
 from nvcache.engine import links
 from nvcache.engine.engine import Engine
-from nvcache.engine.handover import PlainDirectory, StripeStatus
+from nvcache.engine.handover import LocalStripe, PlainDirectory, StripeStatus
+from nvcache.engine.keeper import Keeper, _Loss
 from nvcache.engine.links import WatchedDirectory, checked_directory, stripe_link
+from nvcache.engine.lock import KEEPER_LOCK, run_lock
+from nvcache.engine.stripe import Report, Stripe
 from nvcache.engine.stripefile import FollowedFile
 from nvcache.errors import Code, ConfigError
 from nvcache.settings import Settings
@@ -97,3 +102,44 @@ def test_a_keeper_of_our_own_is_stopped_with_the_daemon_and_its_refusal_is_told(
 
     run(test())
     assert not (tmp_path / "mnt" / "store").exists()
+
+
+def test_what_was_acknowledged_before_the_keeper_began_does_not_count_for_its_stripe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it could not begin there was no stripe, and the daemon said that it had nothing open."""
+    chosen = given(tmp_path, backend="md", mount=tmp_path / "mnt")
+    there = Report("Unchanged", "C1", None, "our stripe is mounted", store=str(tmp_path / "mnt/store"), fs_uuid="uuid-1")
+    heard: list[bool] = []
+    lost = threading.Event()
+
+    def let_go(_stripe: Stripe, _number: str) -> None:
+        lost.set()
+
+    def wait_acknowledged(stripe: LocalStripe, generation: int, _seconds: float) -> bool:
+        heard.append(real(stripe, generation, 0.0))  # this daemon never lets go of it
+        return heard[-1]
+
+    real = LocalStripe.wait_acknowledged
+    monkeypatch.setattr(links, "KEEP_AGAIN", 0.05)
+    monkeypatch.setattr(LocalStripe, "wait_acknowledged", wait_acknowledged)
+    monkeypatch.setattr(Stripe, "ensure", lambda _stripe: there)
+    monkeypatch.setattr(Stripe, "let_go", let_go)
+    monkeypatch.setattr(Keeper, "_lost", lambda _keeper, _report: _Loss("a disk vanished"))
+    lock = chosen.run_directory / KEEPER_LOCK
+
+    async def test() -> None:
+        generations = [0]
+        with ExitStack() as teardown:
+            teardown.enter_context(run_lock(lock, "take the stripe apart"))
+            async with stripe_link(chosen) as link:
+                for another in ("4711", "4712"):
+                    state = await until(link.current, lambda state: "does so just now" in state.reason and state.generation > generations[-1])
+                    generations.append(state.generation)
+                    await link.acknowledge(state.generation)
+                    lock.write_text(another)  # so that the next refusal names somebody else, and is another word
+                teardown.close()
+                state = await until(link.current, lambda state: state.mounted)
+                assert state.generation > generations[-1], "a later word has a larger generation"
+                assert await asyncio.to_thread(lost.wait, 30)
+
+    run(test())
+    assert heard[0] is False, "it has let go of nothing since the stripe was mounted"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,7 +19,7 @@ from nvcache.engine import clock, keeper
 from nvcache.engine.failed import FailedDisks
 from nvcache.engine.handover import StripeState, StripeStatus
 from nvcache.engine.keeper import READ_STALL, SILENT_LOOKS, Keeper, _Loss, _Member
-from nvcache.engine.lock import run_lock
+from nvcache.engine.lock import run_lock, taken_by_another
 from nvcache.engine.scan import Scanner
 from nvcache.engine.steps import Steps
 from nvcache.engine.stripe import Report, Stripe
@@ -143,6 +145,94 @@ def test_looking_again_and_again_leaves_no_threads(tmp_path: Path) -> None:
     for _ in range(10):
         assert Scanner(Tools(), Kernel(), Rules(mount=str(tmp_path))).marker() is None
     assert threading.active_count() == before
+
+
+# -- what is refused is tried again
+
+
+@contextmanager
+def another_at_the_disks(place: Path) -> Iterator[None]:
+    """Another process has the lock of `watching`'s keeper, as `disks wipe` would."""
+    code = "import sys, pathlib; from nvcache.engine.lock import run_lock\nwith run_lock(pathlib.Path(sys.argv[1]), 'x'): print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code, place / "run/lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        yield
+        other.communicate(b"\n", timeout=60)
+    assert other.returncode == 0
+
+
+class Tries:
+    """A keeper's tries, in a time that passes only while it waits. Each is refused with `code`; at the times of `plan` something is done."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, code: str, plan: dict[float, Callable[[], object]]) -> None:
+        self.now = 0.0
+        self.at: list[float] = []
+        self._plan = plan
+        self._keeper, _ = watching(place)
+        self._report = Report("Refused", "C3", code, "so it is", codes=(code,))
+        monkeypatch.setattr(clock, "monotonic", lambda: self.now)
+        monkeypatch.setattr(self._keeper, "_stop", Mock(threading.Event, wait=self.wait, is_set=lambda: self.now > 2000))
+        monkeypatch.setattr(keeper, "Hotplug", lambda: Mock(Hotplug, __enter__=lambda it: it, __exit__=lambda *_: None, wait=self.wait))
+        monkeypatch.setattr(Stripe, "_run", self._try)
+        self._keeper.run()
+        self.gaps = [after - before for before, after in zip(self.at, self.at[1:], strict=False)]
+
+    def wait(self, seconds: float) -> bool:
+        """No device comes or goes."""
+        self.now += max(0.0, seconds)
+        for when in [when for when in self._plan if when <= self.now]:
+            self._plan.pop(when)()
+        return False
+
+    def _try(self, *_: object) -> Report:
+        self.at.append(self.now)
+        return self._report
+
+
+def test_a_refusal_is_tried_again_ever_less_often_and_the_keepers_own_lock_is_no_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Tries(tmp_path, monkeypatch, "N03", {}).gaps == [5, 10, 20, 40, 80, 160, 300, 300, 300, 300, 300]
+
+
+@pytest.mark.parametrize("code", ["N04", "N07", "N09", "D08", "D12", "D13"])
+def test_what_is_in_use_is_tried_again_every_half_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    assert Tries(tmp_path, monkeypatch, code, {}).gaps[:6] == [5, 10, 20, 30, 30, 30]
+
+
+def test_disks_that_another_command_changed_are_looked_at_within_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wipe() -> None:
+        with another_at_the_disks(tmp_path):
+            pass
+
+    tries = Tries(tmp_path, monkeypatch, "N03", {700.5: wipe})
+    first = next(when for when in tries.at if when > 700.5)
+    assert first <= 702
+    assert [when - first for when in tries.at if when > first][:4] == [5, 15, 35, 75], "it is news once, and what it did may take a moment to show"
+
+
+def test_a_command_that_is_still_at_the_disks_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as wipe:
+        plan = {700.0: lambda: wipe.enter_context(another_at_the_disks(tmp_path)), 720.0: wipe.close}
+        tries = Tries(tmp_path, monkeypatch, "N03", plan)
+    assert not [when for when in tries.at if 700 < when < 720]
+    assert next(when for when in tries.at if when > 720) <= 726
+
+
+def test_who_had_a_lock_last_is_told_without_following_links_or_waiting(tmp_path: Path) -> None:
+    lock = tmp_path / "run/lock"
+    assert not taken_by_another(lock)
+    with another_at_the_disks(tmp_path):
+        assert taken_by_another(lock)
+    assert taken_by_another(lock)
+    (tmp_path / "link").symlink_to(lock)
+    os.mkfifo(tmp_path / "pipe")
+    assert not taken_by_another(tmp_path / "link")
+    assert not taken_by_another(tmp_path / "pipe")
+    with run_lock(lock, "look"):
+        assert not taken_by_another(lock)
+    assert not taken_by_another(lock)
+    lock.write_text("")  # somebody is about to write it
+    assert not taken_by_another(lock)
 
 
 # -- the store's owner and the run directory
