@@ -15,6 +15,7 @@ from nvcache.core.timeline import Kind
 from nvcache.engine import clock, session
 from nvcache.engine.leases import GRACE
 from nvcache.errors import Code, DiskError, RequestError
+from nvcache.store.catalog import Catalog
 from tests.engine.conftest import Bed, ready, repo, run, until, weights
 
 SIZE = 100_000
@@ -173,5 +174,31 @@ def test_a_lease_whose_file_stays_is_released_all_the_same(bed: Bed, monkeypatch
                     await engine.release(model.entry, held.lease)
                 assert (await told.get()).leases == 0  # type: ignore[union-attr]
             assert (await engine.timeline(model.entry))[-1].kind is Kind.RELEASED
+
+    run(test())
+
+
+def test_what_goes_on_by_itself_needs_nothing_more_of_the_disk_to_begin(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a store is tried again until it succeeds; what begins then is not, and one failure would have ended all of it."""
+    stock(bed, "m")
+    monkeypatch.setattr(session, "MEASURE_EVERY", 0.05)
+    load = session.load_shelf
+
+    def last_that_goes_well(*given: Any) -> Any:
+        loaded = load(*given)
+        monkeypatch.setattr(Catalog, "plans", fails)
+        return loaded
+
+    def fails(*_: object) -> None:
+        raise DiskError(Code.DISK_IO, "cannot list the plans: Too many open files", facts={"errno": "EMFILE"})
+
+    async def test() -> None:
+        monkeypatch.setattr(session, "load_shelf", last_that_goes_well)
+        async with bed.engine() as engine:
+            await ready(engine, "acme/m")
+            await engine.lease("acme/m", "the pod", 60)
+            monkeypatch.setattr(clock, "unix", lambda: time.time() + 61)
+            async with asyncio.timeout(10):
+                await until(lambda: engine.counters.leases_expired, bool)
 
     run(test())
