@@ -218,6 +218,7 @@ class Ensurer:
         for other in list(self._do.shelf.entries.values()):
             if other.id.slug == entry.id.slug and other.id != entry.id and set(other.state.names) & set(names):
                 await self._do.decide(other, lambda state: replace(state, names=tuple(name for name in state.names if name not in names)))
+                self._do.changed(other.id)
 
     # -- resolving
 
@@ -293,6 +294,7 @@ class Ensurer:
             if entry.removing or self._do.shelf.entries.get(entry.id) is not entry:
                 return False
             await self._put_state(entry, wanted())
+        self._do.changed(entry.id)
         if fresh and name is not None:
             self._do.shelf.resolved(entry.id.slug, name, entry.id)
             await self._take_names(entry, (name,))

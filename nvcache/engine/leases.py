@@ -1,7 +1,8 @@
 """Leases: holds on ready entries, in memory and on the disk. They protect from removal; they load nothing and evict nothing.
 
 A full disk refuses no lease: the model is there, and a pod that was to load it must not fail for what others wrote. Such a lease is in memory alone
-until a renewal can write it. When the daemon ends before that it is unknown, and its holder takes one anew, as after any long absence.
+until a renewal can write it, and its holder is told a time so short that he renews soon. When the daemon ends before that it is unknown, and its
+holder takes one anew, as after any long absence.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Leases:
         self._default = ttl
         self._used = used
         self._taken: dict[str, float] = {}  # lease → when, monotonic
+        self._older: dict[str, tuple[str, ...]] = {}  # lease → those it was made of, whose files stand for it until it is written itself
 
     async def take(self, status: ModelStatus, holder: str, ttl_s: float | None) -> LeaseStatus:
-        """Hold the entry that was just looked up. Raises `RequestError` (not-ready, bad-request), `DiskError`."""
+        """Hold the entry that was just looked up. Raises `RequestError` (not-ready, bad-request, unknown-lease), `DiskError`."""
         entry_id = parse_entry(status.entry)
         entry = self._do.shelf.entries.get(entry_id)
         if status.path is None or entry is None or entry.removing:
@@ -57,7 +59,7 @@ class Leases:
             log.warning("the disk is full: a lease is in memory alone until it can be written", extra={"facts": {"model": str(entry_id)}})
         self._do.timeline.note(entry_id, Kind.LEASED, who=holder, what=f"for {ttl:g} s")
         self._do.changed(entry_id)
-        return self._status(lease)
+        return self._status(lease, kept=kept)
 
     async def adopt(self, name: Ref | SlugName, theirs: Callable[[str], bool], holder: str, ttl_s: float | None) -> LeaseStatus | None:
         """Renew the live lease that `find` finds, as `holder`'s and under another id; None without one.
@@ -73,13 +75,10 @@ class Leases:
         del self._do.shelf.leases[found]
         self._do.shelf.leases[fresh.id] = fresh
         self._taken[fresh.id] = self._taken.pop(found, clock.monotonic())
+        self._older[fresh.id] = (found, *self._older.pop(found, ()))
         self._do.timeline.note(fresh.entry, Kind.LEASED, who=holder, what=f"taken over, for {ttl:g} s")
         self._used(fresh.entry)
-        if await self._written(fresh):
-            await self._do.disk.call(self._do.catalog.remove_lease, found)
-        if fresh.id not in self._do.shelf.leases:  # released meanwhile
-            await self._do.disk.call(self._do.catalog.remove_lease, fresh.id)
-        return self._status(fresh)
+        return self._status(fresh, kept=await self._written(fresh))
 
     async def renew(self, name: Ref | SlugName, lease_id: str, ttl_s: float | None) -> LeaseStatus:
         """Let a lease live `ttl_s` seconds (by default as long as it was taken for) from now. Raises `RequestError` (unknown-lease, bad-request)."""
@@ -88,18 +87,15 @@ class Leases:
         fresh = replace(held, expires=clock.unix() + ttl, ttl=ttl)
         self._do.shelf.leases[lease_id] = fresh
         self._used(fresh.entry)
-        await self._written(fresh)
-        if lease_id not in self._do.shelf.leases:  # released meanwhile: it must not come back with the next start
-            await self._do.disk.call(self._do.catalog.remove_lease, lease_id)
-        return self._status(fresh)
+        return self._status(fresh, kept=await self._written(fresh))
 
     async def release(self, name: Ref | SlugName, lease_id: str) -> None:
-        """End a lease. Raises `RequestError` (unknown-lease)."""
+        """End a lease. Raises `RequestError` (unknown-lease), `DiskError`: it has ended, and may be back after a restart."""
         held = self._held(name, lease_id)
         del self._do.shelf.leases[lease_id]
-        await self._do.disk.call(self._do.catalog.remove_lease, lease_id)
         self._ended(held, Kind.RELEASED)
         self._do.changed(held.entry)
+        await self._erase(lease_id)
 
     def find(self, name: Ref | SlugName, theirs: Callable[[str], bool]) -> str | None:
         """The live lease on what `name` means whose holder `theirs` accepts, the one that lives longest if there are several.
@@ -128,15 +124,31 @@ class Leases:
             self._do.counters.leases_expired += 1
             self._ended(lease, Kind.EXPIRED)
             self._do.changed(lease.entry)
-            await self._do.disk.call(self._do.catalog.remove_lease, lease.id)
+            await self._erase(lease.id)
 
     async def _written(self, lease: Lease) -> bool:
-        """Whether it is on the disk as well; on a full one it is not. Raises `DiskError`."""
+        """Whether it is on the disk as well; on a full one it is not. Raises `DiskError`, `RequestError` (unknown-lease): it was ended meanwhile."""
         try:
             await self._do.disk.call(self._do.catalog.write_lease, lease)
         except SpaceError:
-            return False
-        return True
+            kept = False
+        else:
+            kept = True
+        if kept and (older := self._older.get(lease.id)):
+            await self._remove(older)
+            self._older.pop(lease.id, None)
+        if lease.id not in self._do.shelf.leases:  # it must not come back with the next start
+            await self._erase(lease.id)
+            raise _unknown(lease.id, lease.entry)
+        return kept
+
+    async def _erase(self, lease_id: str) -> None:
+        """Remove what stands for it on the disk. Raises `DiskError`."""
+        await self._remove((lease_id, *self._older.pop(lease_id, ())))
+
+    async def _remove(self, leases: tuple[str, ...]) -> None:
+        for lease in leases:
+            await self._do.disk.call(self._do.catalog.remove_lease, lease)
 
     def _ended(self, lease: Lease, kind: Kind) -> None:
         since = self._taken.pop(lease.id, None)  # None: taken before the daemon started
@@ -150,10 +162,11 @@ class Leases:
     def _held(self, name: Ref | SlugName, lease_id: str) -> Lease:
         held = self._do.shelf.leases.get(lease_id)
         if held is None or held.expires <= clock.unix() or held.entry.slug != name.slug:
-            raise RequestError(Code.UNKNOWN_LEASE, f"cannot find lease {lease_id[:64]!r} on {name}: it was released or ran out")
+            raise _unknown(lease_id, name)
         return held
 
-    def _status(self, lease: Lease) -> LeaseStatus:
+    def _status(self, lease: Lease, *, kept: bool = True) -> LeaseStatus:
+        """What is told of it. Who holds one that is not `kept` on the disk should come back soon: it may be written then, or be unknown."""
         entry = self._do.shelf.entries[lease.entry]
         return LeaseStatus(
             lease=lease.id,
@@ -161,5 +174,9 @@ class Leases:
             holder=lease.holder,
             path=str(self._do.layout.view(lease.entry)),
             hub_cache=str(self._do.layout.hub) if entry.hub_id else None,
-            expires=clock.from_unix(lease.expires),
+            expires=clock.from_unix(lease.expires if kept else min(lease.expires, clock.unix() + GRACE)),
         )
+
+
+def _unknown(lease_id: str, name: Ref | SlugName | EntryId) -> RequestError:
+    return RequestError(Code.UNKNOWN_LEASE, f"cannot find lease {lease_id[:64]!r} on {name}: it was released or ran out")

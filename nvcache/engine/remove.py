@@ -118,6 +118,7 @@ class Remover:
             await self._do.disk.call(work)
         except NvcacheError as error:
             entry.removing, entry.broken = False, error
+            self._do.changed(entry.id)
             self._mend(entry.id)
             raise
         self._do.shelf.drop(entry.id)

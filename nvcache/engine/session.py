@@ -17,6 +17,7 @@ from typing import Any
 
 from nvcache import __version__
 from nvcache.core.evict import Marks
+from nvcache.core.plan import FillPlan
 from nvcache.core.ref import EntryId, Scheme, parse_entry, parse_name
 from nvcache.core.space import Room
 from nvcache.core.states import ModelState
@@ -164,7 +165,7 @@ class Session:
 
     async def load(self, memory: Memory, *, refill: bool) -> None:
         """Read the store and begin to serve it, with the wishes of `memory` and, if `refill`, its models. Raises `DiskError`, `SpaceError`."""
-        await self.do.disk.call(load_shelf, self.do, self._root, clock.unix() + GRACE)
+        plans = await self.do.disk.call(load_shelf, self.do, self._root, clock.unix() + GRACE)
         await self.do.disk.call(self.do.timeline.load)
         self.do.timeline.started(__version__)
         await self.do.kaito.settle()
@@ -172,7 +173,7 @@ class Session:
         self.do.workers.prepare(STANDING_READY)
         self.do.net.submit(import_module, "nvcache.sources.hubclient")  # a tenth of a second that the first fill need not wait for
         lost = self.refiller.owe(memory.known) if refill else []
-        self._background = owned(self._run(memory.wishes, lost), "session")
+        self._background = owned(self._run(plans, memory.wishes, lost), "session")
         self.loaded = True
 
     def refuse(self, why: Callable[[], NvcacheError], *, jobs: bool) -> None:
@@ -217,13 +218,14 @@ class Session:
 
     # -- what goes on by itself
 
-    async def _run(self, wishes: Iterable[EnsureRequest], lost: Iterable[Known]) -> None:
+    async def _run(self, plans: Iterable[FillPlan], wishes: Iterable[EnsureRequest], lost: Iterable[Known]) -> None:
+        """Until it is cancelled. It begins with all it was given and awaits nothing that may fail: one failure would end everything else."""
         async with asyncio.TaskGroup() as group:
             self._group = group
             group.create_task(self._keep_measuring(), name="measure")
             if self._settings.scrub_days:
                 group.create_task(self.scrubber.run(), name="scrub")
-            for plan in (await self.do.disk.call(self.do.catalog.plans)).values():
+            for plan in plans:
                 group.create_task(self.ensurer.resume(plan), name=f"resume-{plan.id}")
             for entry in list(self.do.shelf.entries.values()):
                 if entry.broken is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from nvcache.core.plan import FillPlan
 from nvcache.core.ref import EntryId
 from nvcache.core.timeline import Kind
 from nvcache.engine import clock
@@ -23,8 +24,11 @@ from nvcache.store.root import Root
 log = logging.getLogger(__name__)
 
 
-def load_shelf(do: Context, root: Root, leases_until: float) -> None:
-    """Read everything back and make the disk agree with it. Blocks. Leases live at least until `leases_until` (unix seconds)."""
+def load_shelf(do: Context, root: Root, leases_until: float) -> list[FillPlan]:
+    """Read everything back and make the disk agree with it; returns the fills to go on with. Blocks. Raises `DiskError`, `SpaceError`.
+
+    Leases live at least until `leases_until` (unix seconds).
+    """
     finish_condemning(do.layout, do.blobs)
     plans = do.catalog.plans()
     states: dict[EntryId, EntryState] = {}
@@ -46,6 +50,7 @@ def load_shelf(do: Context, root: Root, leases_until: float) -> None:
             do.views.publish(entry.manifest, hub_id=entry.hub_id, names=entry.state.names)
     _collect_garbage(do, {file.sha256 for plan in plans.values() for file in plan.files if file.sha256})
     _load_leases(do, leases_until)
+    return list(plans.values())
 
 
 def _withdraw(do: Context, entry: Entry, why: str) -> None:

@@ -151,7 +151,10 @@ class Signals:
             except CallFailed as failure:
                 if failure.status != 409:
                     raise
-                self._node = await self._call("node", self._server.node)
+                fresh = await self._call("node", self._server.node)
+                if fresh is None:  # refused: what is known of the Node has to do until it is read anew
+                    return
+                self._node = fresh
                 continue
             if after is not None:
                 self._node = after

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from nvcache.core.states import ModelState
+from nvcache.engine import clock
 from nvcache.engine.handover import PlainDirectory
+from nvcache.engine.leases import GRACE
 from nvcache.engine.status import JobStatus
 from nvcache.errors import Code, RequestError
 from tests.engine.conftest import Bed, end_of, ready, repo, run, until, weights, wish
@@ -82,6 +85,9 @@ def test_a_full_disk_refuses_no_lease(small: Bed) -> None:
     """Who loads what is here does not fail for what others wrote. Unwritten, a lease does not outlive the daemon; with room again it is written."""
     small.hub.repos["acme/m"] = repo({"model.safetensors": weights(1, MB)})
 
+    def written() -> set[str]:
+        return {path.stem for path in small.store.glob("leases/*")}
+
     async def test() -> None:
         async with small.engine() as engine:
             model = await ready(engine, "acme/m")
@@ -89,22 +95,47 @@ def test_a_full_disk_refuses_no_lease(small: Bed) -> None:
             with full(small.store.parent):
                 fresh = await engine.lease(model.entry, "another", 600)
                 renewed = await engine.renew(model.entry, fresh.lease, 900)
-                assert (renewed.lease, renewed.expires > fresh.expires) == (fresh.lease, True)
-                mine = await engine.lease(model.entry, "the pod", 600, lambda holder: holder == "the pod")
-                assert mine.lease != before.lease
+                assert renewed.lease == fresh.lease
+                adopted = [await engine.lease(model.entry, "the pod", 600, lambda holder: holder == "the pod") for _ in range(2)]
+                mine = adopted[-1]
+                assert len({before.lease, *(each.lease for each in adopted)}) == 3
                 assert {lease.lease for lease in engine.leases()} == {fresh.lease, mine.lease}
+                for told in (fresh, renewed, *adopted):
+                    assert 60 < told.expires.timestamp() - time.time() <= GRACE, "its holder comes back soon, and it is written then"
+                assert all(lease.expires.timestamp() - time.time() > 500 for lease in engine.leases()), "it lives as long as was asked for"
                 with pytest.raises(RequestError) as refused:
                     await engine.remove(model.entry)
                 assert refused.value.code is Code.LEASED
                 await engine.release(model.entry, (await engine.lease(model.entry, "a third", 600)).lease)
-                assert {path.stem for path in small.store.glob("leases/*")} == {before.lease}
-            await engine.renew(model.entry, mine.lease, None)
-            assert {path.stem for path in small.store.glob("leases/*")} == {before.lease, mine.lease}
+                assert written() == {before.lease}, "what it was made of stands for it"
+            assert (await engine.renew(model.entry, mine.lease, None)).expires.timestamp() - time.time() > 500
+            assert written() == {mine.lease}
         async with small.engine() as engine:
-            assert {lease.lease for lease in engine.leases()} == {before.lease, mine.lease}
+            assert {lease.lease for lease in engine.leases()} == {mine.lease}
             with pytest.raises(RequestError) as unknown:
                 await engine.renew(model.entry, fresh.lease, None)
             assert unknown.value.code is Code.UNKNOWN_LEASE, "its holder takes one anew"
+
+    run(test())
+
+
+def test_a_lease_that_was_adopted_on_a_full_disk_ends_on_the_disk_too(small: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.hub.repos["acme/m"] = repo({"model.safetensors": weights(1, MB)})
+
+    async def test() -> None:
+        async with small.engine() as engine:
+            assert engine.session is not None
+            model = await ready(engine, "acme/m")
+            for holder in ("released", "run out"):
+                await engine.lease(model.entry, holder, 600)
+            with full(small.store.parent):
+                first, _ = [await engine.lease(model.entry, name, 600, lambda holder, name=name: holder == name) for name in ("released", "run out")]
+                assert len(list(small.store.glob("leases/*"))) == 2
+                await engine.release(model.entry, first.lease)
+                assert len(list(small.store.glob("leases/*"))) == 1
+                monkeypatch.setattr(clock, "unix", lambda: time.time() + 601)
+                await engine.session.leases.expire()
+                assert list(small.store.glob("leases/*")) == []
 
     run(test())
 

@@ -443,6 +443,20 @@ def test_watchers_see_the_fill_and_its_end(bed: Bed) -> None:
     run(test())
 
 
+def test_watchers_see_what_a_wish_changes_of_a_model_that_is_ready(bed: Bed) -> None:
+    source = bed.hub.repos["acme/m"] = repo({"model.safetensors": weights(1, 100_000)})
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            entry = (await ready(engine, "acme/m")).entry
+            async with engine.watch(entry) as queue, asyncio.timeout(5):
+                while not (await queue.get()).pinned:  # type: ignore[union-attr]
+                    if queue.empty():
+                        assert (await engine.ensure(wish(f"acme/m@{source.commit}", pin=True))).state is ModelState.READY
+
+    run(test())
+
+
 def test_a_directory_is_a_source(bed: Bed, tmp_path: Path) -> None:
     place = tmp_path / "weights"
     (place / "sub").mkdir(parents=True)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,36 @@ def test_a_blob_that_lies_here_and_cannot_be_read_is_fetched(bed: Bed, monkeypat
             status = await ready(engine, "acme/m")
             assert bed.shown()[f"models/{status.entry.replace('@', '/')}/model.safetensors"] == GOOD
             assert (bed.store / "quarantine" / blob_of(bed).name).exists()
+
+    run(test())
+
+
+def test_a_removal_that_failed_is_told_while_the_repair_waits_for_its_next_try(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    bed.hub.repos["acme/m"] = repo({"model.safetensors": GOOD})
+    monkeypatch.setattr(persist, "RETRY_FIRST", 300.0)
+    go_on = threading.Event()
+
+    def fails(*_: object) -> None:
+        assert go_on.wait(30)
+        raise DiskError(Code.DISK_IO, "cannot remove it: Input/output error", facts={"errno": "EIO"})
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            assert engine.session is not None
+            entry = (await ready(engine, "acme/m")).entry
+            bed.hub.faults.add("*", Kind.STATUS, status=503, times=None)
+            blob_of(bed).unlink()
+            await engine.look()
+            await until(engine.jobs, lambda jobs: any(job.kind == "repair" and job.state is JobState.FAILED for job in jobs))
+            monkeypatch.setattr(engine.session.do.catalog, "remove_state", fails)
+            async with engine.watch(entry) as told, asyncio.timeout(10):
+                removing = asyncio.create_task(engine.remove(entry))
+                while (await told.get()).state is not ModelState.EVICTING:  # type: ignore[union-attr]
+                    pass
+                go_on.set()
+                with pytest.raises(DiskError):
+                    await removing
+                assert (await told.get()).state is ModelState.DEGRADED  # type: ignore[union-attr]
 
     run(test())
 

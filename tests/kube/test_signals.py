@@ -273,3 +273,23 @@ def test_a_conflict_over_the_taints_loses_nobodys_change(bed: Bed, times: int) -
         bed.api.wait(lambda: bed.node["spec"]["taints"] == added and len(added) == times)
         assert [request.status for request in bed.api.requests].count(409) == times
         assert ("cannot tell the cluster" in daemon.last_words(None)) is (times > 3), "a conflict is nothing to complain of, a lasting one is"
+
+
+def test_a_node_that_may_not_be_read_again_after_a_conflict_is_told_of_what_comes(bed: Bed) -> None:
+    one = bed.origin("one")
+    with bed.api.writing():
+        bed.node["spec"]["taints"] = [TAINT]
+
+    def somebody(resource: str, body: dict[str, Any]) -> None:
+        """Changes the node before the taint can be written, and takes the right to read it."""
+        if resource == "nodes" and "spec" in body:
+            bed.api.rights.discard(("get", "nodes"))
+            with bed.api.writing():
+                bed.node["spec"]["taints"] = [TAINT, SKU]
+
+    bed.api.meddle = somebody
+    with bed.daemon() as daemon:
+        daemon.wait_for_log("cannot tell the cluster (node)")
+        warm(daemon, one)
+        bed.api.wait(bed.shows(one))
+        assert bed.node["spec"]["taints"] == [TAINT, SKU]
