@@ -112,6 +112,8 @@ class Known:
         key = key_of(model["entry"])
         if model["state"] == "ready":
             self.ready[key] = self.ready.get(key, False) or pin
+        elif pin and key in self.ready:  # withdrawn in the same moment: its pin may have been first
+            self.ready[key] = self.disk.pinned(*key)
 
     def end_of(self, job: str) -> dict[str, Any]:
         """The job when it is over."""
