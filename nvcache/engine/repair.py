@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from nvcache.core.digest import Algorithm, Digest
@@ -71,7 +71,7 @@ class Repairer:
             gone = [f for f in entry.manifest.files if not await self._do.disk.call(self._do.blobs.has, f.sha256, f.size)]
             bad = {file.sha256: _chunks(file) for file in gone}
             if bad:
-                await self._condemn(job, entry, bad)
+                await self._condemn(job, entry, bad, lacking=True)
         entry.suspect = False
         if bad:
             await self.mend(job, entry)
@@ -113,7 +113,7 @@ class Repairer:
         if not await self._do.disk.call(self._do.blobs.has, file.sha256, file.size):
             bad[file.sha256] = _chunks(file)
             self._do.counters.verify_failures += 1
-            await self._condemn(job, entry, {file.sha256: bad[file.sha256]})
+            await self._condemn(job, entry, {file.sha256: bad[file.sha256]}, lacking=True)
             return
         task = CheckTask(str(self._do.layout.blob(file.sha256)), file.size, base64.b64encode(file.chunks).decode(), entry.manifest.chunk_size)
         result = await self._do.workers.run(task, priority=lambda: job.priority, progress=lambda seen, _: job.tally.running(file.sha256, seen, 0))
@@ -125,8 +125,8 @@ class Repairer:
             self._do.counters.verify_failures += 1
             await self._condemn(job, entry, {file.sha256: result["bad"]})
 
-    async def _condemn(self, job: Job, entry: Entry, bad: dict[str, list[int]]) -> None:
-        """Take bad blobs out of the store, then every entry that has one out of the views.
+    async def _condemn(self, job: Job, entry: Entry, bad: dict[str, list[int]], *, lacking: bool = False) -> None:
+        """Take bad blobs out of the store, then every entry that has one out of the views. `lacking`: they were not there, or not whole.
 
         From the first line on nothing of them is served by the daemon; that they are condemned is on the disk before the first is moved, so that a
         crash in between cannot bring one back.
@@ -136,24 +136,43 @@ class Repairer:
         job.repaired_chunks += chunks
         why = f"{chunks} chunks are gone or went bad" if chunks != 1 else "1 chunk is gone or went bad"
         log.error("bytes on the disk went bad: %s", ", ".join(paths), extra={"facts": {"model": str(entry.id), "job": job.id}})
-        sharers = self._do.shelf.sharing(bad)
-        for sharer in sharers:
-            sharer.suspect |= sharer is entry or sharer.broken is not None  # of one that was whole just this is bad, and known
-            sharer.broken = IntegrityError(Code.DEGRADED, f"cannot serve {sharer.id}: {why}")
-            self._do.timeline.note(sharer.id, Kind.WITHDRAWN, what=f"{why}: {', '.join(paths)}", count=len(bad), code=str(Code.DEGRADED))
-            self._do.changed(sharer.id)
-        await unbroken(self._take_out(sharers, sorted(bad), f"{clock.stamp()} {entry.id}: {why}"))
+        told = f"{why}: {', '.join(paths)}"
+        entry.suspect = True  # of the others just this is bad, and known
+        for sharer in self._do.shelf.sharing(bad):
+            if sharer is entry or sharer.broken is None:
+                self._mark(sharer, why, told, len(bad))
+        sizes = {sha256: entry.manifest.blobs[sha256] for sha256 in bad} if lacking else {}
 
-    async def _take_out(self, entries: Sequence[Entry], bad: Sequence[str], note: str) -> None:
-        async with self._condemning:  # there is one list
-            await self._take_out_alone(entries, bad, note)
+        async def take_out() -> None:
+            left: Collection[str] = bad
+            async with self._condemning:  # there is one list
+                await self._do.kaito.settle()
+                try:
+                    left = await self._do.disk.call(self._condemn_what_is_left, sorted(bad), sizes, f"{clock.stamp()} {entry.id}: {why}")
+                finally:
+                    for sharer in self._do.shelf.sharing(left):
+                        if sharer.broken is None:  # it was made anew meanwhile, with one of them
+                            self._mark(sharer, why, told, len(bad))
+                    for sharer in self._do.shelf.sharing(bad):
+                        await self._withdraw(sharer)
 
-    async def _take_out_alone(self, entries: Sequence[Entry], bad: Sequence[str], note: str) -> None:
-        await self._do.kaito.settle()
-        try:
-            await self._do.disk.call(condemn, self._do.layout, self._do.blobs, bad, note)
-        finally:
-            for entry in entries:
+        await unbroken(take_out())
+
+    def _mark(self, entry: Entry, why: str, told: str, count: int) -> None:
+        """From now on it is not served."""
+        entry.broken = IntegrityError(Code.DEGRADED, f"cannot serve {entry.id}: {why}")
+        self._do.timeline.note(entry.id, Kind.WITHDRAWN, what=told, count=count, code=str(Code.DEGRADED))
+        self._do.changed(entry.id)
+
+    def _condemn_what_is_left(self, bad: Sequence[str], lacking: Mapping[str, int], note: str) -> list[str]:
+        """Condemn what is bad; not what was `lacking` (with its size) and is there now: another repair made it anew. Blocks."""
+        left = [sha256 for sha256 in bad if sha256 not in lacking or not self._do.blobs.has(sha256, lacking[sha256])]
+        condemn(self._do.layout, self._do.blobs, left, note)
+        return left
+
+    async def _withdraw(self, entry: Entry) -> None:
+        async with self._do.state_locks(entry.id):  # nobody shows it meanwhile
+            if entry.broken is not None and self._do.shelf.entries.get(entry.id) is entry:
                 await self._do.disk.call(self._do.views.withdraw, entry.manifest, hub_id=entry.hub_id)
 
     async def mend(self, job: Job, entry: Entry) -> None:

@@ -14,9 +14,11 @@ from nvcache.core.plan import Priority
 from nvcache.core.ref import parse_entry
 from nvcache.core.space import Room
 from nvcache.core.states import JobState, ModelState
+from nvcache.core.timeline import Kind as Told
 from nvcache.engine import persist
 from nvcache.engine.engine import Engine
 from nvcache.engine.handover import StripeStatus
+from nvcache.engine.kaito import Kaito
 from nvcache.engine.messages import CheckTask
 from nvcache.engine.shelf import Entry
 from nvcache.engine.workers import Workers
@@ -199,6 +201,43 @@ def test_what_is_to_be_read_first_is_not_shown_by_the_repair_of_another(bed: Bed
             gate.open.set()
             await until(engine.models, lambda models: all(model.state is ModelState.READY for model in models))
             assert (Path(b.path or "") / "more.safetensors").read_bytes() == TWO
+
+    run(test())
+
+
+def test_what_one_repair_has_made_anew_another_does_not_condemn(bed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found the same blob gone, and the second gets to it when the first is done."""
+    bed.hub.repos |= {"acme/a": repo({"model.safetensors": ONE}), "acme/b": repo({"model.safetensors": ONE, "config.json": b"{2}"})}
+
+    async def test() -> None:
+        async with bed.engine() as engine:
+            a, b = await ready(engine, "acme/a"), await ready(engine, "acme/b")
+        path = blob(bed, a.path, "model.safetensors")
+        path.unlink()
+        gate, calls, real = Gate(), [], Kaito.settle
+
+        async def held(self: Kaito) -> None:
+            entries = self._shelf.entries.values()
+            if not gate.reached.is_set() and entries and all(entry.broken for entry in entries):
+                calls.append(self)
+                if len(calls) == 3:  # after one at the start and one for the first that is taken out
+                    await gate()
+            await real(self)
+
+        monkeypatch.setattr(Kaito, "settle", held)
+        async with bed.engine() as engine:
+            await gate.reached.wait()
+            await until(engine.models, lambda models: any(model.state is ModelState.READY for model in models))
+            (first,) = (model for model in engine.models() if model.state is ModelState.READY)
+            facts = path.stat()
+            gate.open.set()
+            await until(engine.models, lambda models: all(model.state is ModelState.READY for model in models))
+            assert path.stat().st_ino == facts.st_ino
+            assert {first.entry} < {a.entry, b.entry}
+            assert all((Path(model.path or "") / "model.safetensors").read_bytes() == ONE for model in (a, b))
+            assert engine.session is not None
+            told = await engine.session.do.timeline.of(parse_entry(first.entry).slug)
+            assert [event.kind for event in told].count(Told.WITHDRAWN) <= 2, "at the start, and when it was read"
 
     run(test())
 
