@@ -61,7 +61,7 @@ def held_are_there(walker: Walker, told: Told) -> None:
     for key, pinned in list(walker.ready.items()):
         model = told.get(key)
         if model is None:
-            assert not walker.held(key), f"{key} is held and gone"
+            assert key == walker.going or not walker.held(key), f"{key} is held and gone"
             walker.forget(key)
             continue
         assert model["state"] == "ready" or walker.is_hurt(key), f"{key} is not served: {model}"
@@ -70,6 +70,7 @@ def held_are_there(walker: Walker, told: Told) -> None:
         assert (model["path"] is not None) == (model["state"] == "ready"), model
         if model["state"] == "ready":
             walker.ready.setdefault(key, walker.disk.pinned(*key))
+    walker.going = None
 
 
 def shown_is_true(walker: Walker, told: Told) -> None:

@@ -49,6 +49,7 @@ class Known:
         self.leases: dict[str, Lease] = {}
         self.released: set[str] = set()
         self.declared: dict[str, bool] = {}  # name → pinned
+        self.going: Key | None = None  # its removal was asked for and not answered, though nothing forbade it
         self.hurt: set[str] = set()  # SHA-256 of what was damaged and not seen mended
         self.apart: set[str] = set()  # SHA-256 of what was unlinked: views may still show that file, right as it is, when the blob was made anew
         self.withdrawn: set[Key] = set()  # models that had such files, and were not seen whole since

@@ -116,7 +116,9 @@ class Walker(Harm):
     def remove(self, key: Key) -> str:
         """Take it away, if nobody holds it."""
         self.target = key
+        self.going = None if self.ready[key] or self.leased(key) or self.declared_as(key) else key
         answer = self.on.tried("DELETE", f"/v1/models/{entry(key)}")
+        self.going = None
         if isinstance(answer, Problem):
             by_kernel = answer.code == "in-use" and self.mapped
             assert by_kernel or (answer.code in ("leased", "pinned") and self.may_be_held(key)), answer
