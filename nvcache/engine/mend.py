@@ -32,6 +32,7 @@ class Mender:
         self._jobs = jobs
         self._repairer = repairer
         self._spawn = spawn
+        repairer.wake = self._wake
         self._insisting: dict[tuple[str, EntryId], asyncio.Event] = {}  # what goes on by itself → set when its pause is over
 
     def verify(self, entry_id: EntryId, bandwidth: int | None = None) -> Job:

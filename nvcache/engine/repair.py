@@ -16,6 +16,7 @@ from dataclasses import replace
 from nvcache.core.digest import Algorithm, Digest
 from nvcache.core.manifest import DIGEST_BYTES, File
 from nvcache.core.plan import FillPlan, RemoteFile
+from nvcache.core.ref import EntryId
 from nvcache.core.space import human
 from nvcache.core.states import JobState
 from nvcache.core.timeline import Kind
@@ -43,6 +44,7 @@ class Repairer:
         self._do = context
         self._fetcher = fetcher
         self._condemning = asyncio.Lock()
+        self.wake: Callable[[EntryId], None] = lambda _: None  # told who waits for a blob that is here now; the mender's
 
     async def verify(self, job: Job, entry: Entry, first: str | None = None) -> None:
         """Read every blob of `entry`, `first` before all others, compare chunk by chunk, repair what is bad.
@@ -198,7 +200,9 @@ class Repairer:
             await self._show_again(other)
 
     async def _show_again(self, entry: Entry) -> None:
-        """Show an entry that waited for a blob, if that was all. Not one that is to be read first, or that somebody works on: he sees himself."""
+        """Show an entry that waited for a blob, if that was all. One that is to be read first, or that somebody works on, is tried again at once."""
+        if entry.broken is not None:
+            self.wake(entry.id)
         if self._do.entry_locks.held(entry.id):
             return
         async with self._do.entry_locks(entry.id):

@@ -22,7 +22,7 @@ def test_requests_in_flight_are_limited_on_the_node(bed: Bed, limit: int, lanes:
     """Of many files at a time, and of one file that would have more lanes by itself."""
     files = {"model.safetensors": weights(1, 80 * MB)} if lanes > 1 else {f"{i}.bin": os.urandom(2 * MB) for i in range(12)}
     bed.hub.repos["acme/m"] = repo(files)
-    bed.hub.faults.add("/acme/m/*", Kind.TRICKLE, times=None, after=2**20, seconds=0.05)
+    bed.hub.faults.add("/acme/m/*", Kind.TRICKLE, times=None, after=2**20, seconds=0.05 if limit else 0.5)
 
     async def test() -> None:
         async with bed.engine(workers=2, lanes=4, hf_connections=limit) as engine:
